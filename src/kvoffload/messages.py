@@ -1,0 +1,284 @@
+"""Every message between the parts of kvoffload, grouped by hop.
+
+The flow of a save and of a load::
+
+    SchedulerSide --ReserveSlots--> L1Manager --SlotGrant--> GpuCopy <--SaveBlocks-- WorkerSide
+                                        ^------BlocksFilled-----'
+    SchedulerSide --MatchPrefix---> L1Manager --PrefixHit--> SchedulerSide
+    SchedulerSide --StartLoad-----> L1Manager
+    SchedulerSide ..vLLM metadata.> WorkerSide --LoadBlocks--> GpuCopy --LoadFinished--> L1Manager
+                                        ^------LoadEnded--------'
+
+Commands are imperatives, facts are in the past tense, answers are nouns. A message carries a batch (a job, a step, a request),
+never one block. All are frozen; those that cross the link (`LINK_MESSAGES`) hold plain values only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kvoffload.mailbox import Reply
+
+BlockKey = bytes
+"""24 bytes that identify a block's content and everything before it (`kvoffload.keys`)."""
+
+Job = int
+"""One save or load of one step; numbers are never reused within an engine."""
+
+ROOT: BlockKey = b""
+"""The parent of a prompt's first block."""
+
+
+class HitReason(IntEnum):
+    """Why a `PrefixHit` is as long, or as short, as it is."""
+
+    HIT = 0
+    MISS = 1
+    NO_ROOM = 2
+    BUSY = 3
+    OFF = 4
+
+
+class LoadOutcome(IntEnum):
+    """How a promised load ended on one rank."""
+
+    LOADED = 0
+    FAILED = 1
+    WITHDRAWN = 2
+
+
+class DropReason(Enum):
+    """Why blocks that could have been saved were not; the value is the name in statistics."""
+
+    POST_REFUSED = "post_refused"
+    NO_SLOT = "no_slot"
+    PARENT_MISSING = "parent_missing"
+    PARENT_FAILED = "parent_failed"
+    OVERWRITTEN = "overwritten"
+    UNPAIRED = "unpaired"
+    COPY_FAILED = "copy_failed"
+    RESET = "reset"
+    OFF = "off"
+
+
+# ---------------------------------------------------------------- SchedulerSide -> L1Manager
+
+
+@dataclass(frozen=True, slots=True)
+class SaveRun:
+    """Consecutive full blocks of one request; ``parent`` is the key before ``keys[0]``, and ``keys[i]`` is the parent of ``keys[i + 1]``."""
+
+    request: str
+    parent: BlockKey
+    keys: tuple[BlockKey, ...]
+    blocks: tuple[int, ...]
+    epochs: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ReserveSlots:
+    """Find slots for what this step makes full and confirmed."""
+
+    job: Job
+    runs: tuple[SaveRun, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MatchPrefix:
+    """How much of this chain of keys, from block 0, is READY? ``deadline`` is on the clock of `time.monotonic`, in seconds."""
+
+    request: str
+    sequence: int
+    keys: tuple[BlockKey, ...]
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class StartLoad:
+    """The hit ``sequence`` of ``request`` is being used: blocks ``first`` to ``first + count - 1`` of it, as ``job``; 0 releases it."""
+
+    job: Job
+    request: str
+    sequence: int
+    first: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class ReleaseHit:
+    """Give back the hit ``sequence`` of ``request``, used by nobody."""
+
+    request: str
+    sequence: int
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetRequest:
+    """The request ended or was preempted: release what it holds, save for the leases of its jobs."""
+
+    request: str
+
+
+@dataclass(frozen=True, slots=True)
+class ResetCache:
+    """Empty the index: the weights, or what the caller thinks of them, changed."""
+
+    generation: int
+
+
+# ---------------------------------------------------------------- L1Manager -> SchedulerSide
+
+
+@dataclass(frozen=True, slots=True)
+class PrefixHit:
+    """The answer to `MatchPrefix`: ``slots[i]`` holds block ``i``. A hit longer than 0 holds a lease until it is used or released.
+
+    ``pending`` counts the blocks right behind it that are being filled; ``expires`` is the facade's to act on.
+    """
+
+    request: str
+    sequence: int
+    slots: tuple[int, ...]
+    pending: int
+    generation: int
+    expires: float
+    reason: HitReason
+
+
+@dataclass(frozen=True, slots=True)
+class ParentMissing:
+    """Blocks of these requests were not saved because L1 lacks what comes before them: offer the whole prefix once more."""
+
+    job: Job
+    requests: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ConnectorOff:
+    """kvoffload has stopped; vLLM goes on as if there were no connector. Sticky."""
+
+    reason: str
+
+
+# ---------------------------------------------------------------- L1Manager <-> GpuCopy
+
+
+@dataclass(frozen=True, slots=True)
+class SlotGrant:
+    """For every `ReserveSlots` admitted, empty where nothing was granted: copy engine block ``blocks[i]`` into ``slots[i]``, in this order."""
+
+    job: Job
+    slots: tuple[int, ...]
+    blocks: tuple[int, ...]
+    epochs: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksFilled:
+    """What became of a grant on one rank, by slot; the two sets together are the grant. ``reason`` says why of the failed ones."""
+
+    job: Job
+    rank: int
+    filled: tuple[int, ...]
+    failed: tuple[int, ...]
+    reason: DropReason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFinished:
+    """A load of one rank has ended, and reads its slots no more."""
+
+    job: Job
+    rank: int
+    outcome: LoadOutcome
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentGrown:
+    """The first ``slots`` slots of this rank's segment are populated and may be used."""
+
+    rank: int
+    slots: int
+
+
+@dataclass(frozen=True, slots=True)
+class RankLost:
+    """The link to this rank is gone, or its GpuCopy is: no report will come, and its process may still read and write slots."""
+
+    rank: int
+    reason: str
+
+
+# ---------------------------------------------------------------- WorkerSide -> GpuCopy, and back
+
+
+@dataclass(frozen=True, slots=True)
+class SaveBlocks:
+    """The step that computed the blocks of ``job`` was launched; ``after`` is the copy engine's own token for its end."""
+
+    job: Job
+    after: object
+
+
+@dataclass(frozen=True, slots=True)
+class LoadBlocks:
+    """Copy ``slots[i]`` into engine block ``blocks[i]``, once ``after`` has happened."""
+
+    job: Job
+    request: str
+    slots: tuple[int, ...]
+    blocks: tuple[int, ...]
+    after: object
+
+
+@dataclass(frozen=True, slots=True)
+class LoadEnded:
+    """Into WorkerSide's inbox: a promised load is over. Unless LOADED, none of its engine blocks holds KV."""
+
+    job: Job
+    request: str
+    outcome: LoadOutcome
+    blocks: tuple[int, ...]
+
+
+# ---------------------------------------------------------------- to every actor
+
+
+@dataclass(frozen=True, slots=True)
+class Flush:
+    """Answer when everything that came before this message has been dealt with to its end."""
+
+    reply: Reply[bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Drain:
+    """Take no new work, finish what was begun until ``deadline`` (`time.monotonic`, s), then answer whether all of it was finished."""
+
+    deadline: float
+    reply: Reply[bool]
+
+
+ToL1Manager = (
+    ReserveSlots
+    | MatchPrefix
+    | StartLoad
+    | ReleaseHit
+    | ForgetRequest
+    | ResetCache
+    | BlocksFilled
+    | LoadFinished
+    | SegmentGrown
+    | RankLost
+    | Flush
+    | Drain
+)
+ToScheduler = PrefixHit | ParentMissing | ConnectorOff
+ToGpuCopy = SlotGrant | Flush | Drain
+ToWorker = LoadEnded | ConnectorOff
+
+LINK_MESSAGES: tuple[type, ...] = (SlotGrant, BlocksFilled, LoadFinished, SegmentGrown, ConnectorOff)
+"""What may cross the link between processes; the place in this tuple is the tag on the wire, so append only."""
