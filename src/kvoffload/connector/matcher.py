@@ -1,0 +1,199 @@
+"""How many tokens of a request L1 can give: asked once, answered within a deadline, remembered until used."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvoffload.connector.ports import HubPort
+from kvoffload.connector.record import Phase, RequestRecord
+from kvoffload.messages import BlockKey, ForgetRequest, HitReason, MatchPrefix, PrefixHit, ReleaseHit
+
+
+@dataclass(frozen=True, slots=True)
+class MatchSettings:
+    """Times in seconds; ``max_loads`` is the number of load credits, a place each in every rank's queue of loads."""
+
+    deadline_s: float = 0.05
+    wait_idle_s: float = 0.002
+    wait_busy_s: float = 0.0005
+    max_loads: int = 64
+    alignment_tokens: int = 1
+
+
+class Matcher:
+    """The loading half of SchedulerSide's decisions. All calls are on vLLM's scheduler thread.
+
+    ``pump`` takes in what came from the hub (it calls `on_hit`).
+    """
+
+    def __init__(
+        self, hub: HubPort, settings: MatchSettings, pump: Callable[[], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._hub = hub
+        self._settings = settings
+        self._pump = pump
+        self._clock = clock
+        self.generation = 0
+        self.credits = settings.max_loads
+        self.zero_reasons: dict[str, int] = {}
+
+    # ------------------------------------------------------------ answering vLLM
+
+    def answer(self, record: RequestRecord, num_computed_tokens: int, *, engine_is_idle: bool) -> int | None:
+        """Tokens beyond ``num_computed_tokens`` that L1 has; None: not known yet, ask again in the next step.
+
+        May wait for the answer, with the interpreter lock released, for the two short times in `MatchSettings`.
+        """
+        if record.phase is Phase.SPENT or record.phase is Phase.USED:
+            return 0
+        if not self._hub.is_live:
+            return self._zero("off")
+        if record.phase is Phase.HELD:
+            assert record.hit is not None
+            if self._clock() < record.hit.expires:
+                return self._promise(record, num_computed_tokens)
+            self._give_back(record)
+            record.asked_at = None
+        return self._ask(record, num_computed_tokens, engine_is_idle)
+
+    def _ask(self, record: RequestRecord, num_computed_tokens: int, engine_is_idle: bool) -> int | None:
+        now = self._clock()
+        if record.asked_at is None:
+            record.asked_at = now
+        if record.phase is Phase.NEW:
+            keys = self._keys(record)
+            if not keys:
+                record.phase = Phase.SPENT
+                return 0
+            if not self._post(record, keys, record.asked_at + self._settings.deadline_s):
+                return self._none_or_zero(record, "busy")
+        self._await(record, now, engine_is_idle)
+        if record.phase is Phase.HELD:
+            return self._promise(record, num_computed_tokens)
+        if record.phase is Phase.SPENT:
+            return 0
+        return self._none_or_zero(record, "late")
+
+    def _keys(self, record: RequestRecord) -> tuple[BlockKey, ...]:
+        """Of all full blocks but for the last token, which is always computed."""
+        blocks = (record.request.num_tokens - 1) // record.chain.block_size
+        record.extend_keys(blocks * record.chain.block_size)
+        return tuple(record.chain.keys[:blocks])
+
+    def _post(self, record: RequestRecord, keys: tuple[BlockKey, ...], deadline: float) -> bool:
+        if not self._hub.offer(MatchPrefix(record.request_id, record.sequence + 1, keys, deadline)):
+            return False
+        record.sequence += 1
+        record.phase = Phase.ASKED
+        return True
+
+    def _await(self, record: RequestRecord, now: float, engine_is_idle: bool) -> None:
+        self._pump()
+        if engine_is_idle:
+            until = now + self._settings.wait_idle_s
+        elif not record.has_waited:
+            record.has_waited = True
+            until = now + self._settings.wait_busy_s
+        else:
+            return
+        while record.phase is Phase.ASKED and (left := until - self._clock()) > 0:
+            self._hub.wait(left)
+            self._pump()
+
+    def _none_or_zero(self, record: RequestRecord, reason: str) -> int | None:
+        """None while the deadline has not passed, then 0 for good."""
+        assert record.asked_at is not None
+        if self._clock() - record.asked_at < self._settings.deadline_s:
+            return None
+        self._give_back(record)
+        record.phase = Phase.SPENT
+        return self._zero(reason)
+
+    def _promise(self, record: RequestRecord, num_computed_tokens: int) -> int | None:
+        tokens = self._tokens(record) - num_computed_tokens
+        if tokens <= 0:
+            return 0
+        if not record.has_credit:
+            if not self.credits:
+                return self._none_or_zero(record, "busy")
+            self.credits -= 1
+            record.has_credit = True
+        return tokens
+
+    def _tokens(self, record: RequestRecord) -> int:
+        assert record.hit is not None
+        tokens = len(record.hit.slots) * record.chain.block_size
+        return tokens - tokens % self._settings.alignment_tokens
+
+    def _zero(self, reason: str) -> int:
+        self.zero_reasons[reason] = self.zero_reasons.get(reason, 0) + 1
+        return 0
+
+    # ------------------------------------------------------------ what comes from the hub
+
+    def on_hit(self, hit: PrefixHit, record: RequestRecord | None) -> None:
+        """Take an answer in. One that nobody waits for any more is given back; one of an older cache generation has no lease."""
+        if record is None or hit.generation < self.generation:
+            return
+        if record.phase is not Phase.ASKED or hit.sequence != record.sequence:
+            if hit.slots and hit.sequence == record.sequence:
+                self._hub.owe(ReleaseHit(hit.request, hit.sequence))
+            return
+        if hit.slots:
+            record.hit = hit
+            record.phase = Phase.HELD
+            return
+        record.phase = Phase.SPENT
+        if hit.reason is not HitReason.MISS:
+            self._zero(hit.reason.name.lower())
+
+    # ------------------------------------------------------------ ends
+
+    def take_hit(self, record: RequestRecord) -> PrefixHit | None:
+        """vLLM allocated: the hit, if one is held, now belongs to the caller, with its credit; the request is not answered again."""
+        hit, record.hit = record.hit, None
+        if record.phase is Phase.ASKED:
+            # A late answer is given back by `on_hit`.
+            record.phase = Phase.SPENT
+        elif hit is not None:
+            record.phase = Phase.USED
+        return hit
+
+    def return_credit(self, record: RequestRecord | None = None) -> None:
+        """A load has ended, or the answer that a credit was taken for is not going to be used."""
+        if record is not None:
+            if not record.has_credit:
+                return
+            record.has_credit = False
+        self.credits += 1
+
+    def restart(self, record: RequestRecord) -> None:
+        """The request was preempted, or its tokens changed: ask again when vLLM asks."""
+        self._give_back(record)
+        record.phase = Phase.SPENT if record.load_failed else Phase.NEW
+        record.asked_at = None
+        record.has_waited = False
+
+    def forget(self, record: RequestRecord) -> None:
+        """The request ended."""
+        if record.sequence:
+            self._hub.owe(ForgetRequest(record.request_id))
+        record.hit = None
+        self.return_credit(record)
+
+    def reset(self, record: RequestRecord) -> None:
+        """The cache was reset, and with it every match lease: whatever is outstanding or remembered is asked again."""
+        if record.phase in (Phase.ASKED, Phase.HELD):
+            record.hit = None
+            record.phase = Phase.NEW
+            record.asked_at = None
+            self.return_credit(record)
+
+    def _give_back(self, record: RequestRecord) -> None:
+        if record.hit is not None:
+            self._hub.owe(ReleaseHit(record.request_id, record.sequence))
+            record.hit = None
+            record.phase = Phase.NEW
+        self.return_credit(record)

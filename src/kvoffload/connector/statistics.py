@@ -1,0 +1,74 @@
+"""What each half tells vLLM's log line, about once a second: counters since the last time, and L1's occupancy."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from kvoffload.connector.scheduler_side import SchedulerCounters, SchedulerSide
+from kvoffload.connector.worker_side import WorkerCounters, WorkerSide
+from kvoffload.l1.states import State
+
+if TYPE_CHECKING:
+    from kvoffload.runtime.hosts import WorkerHost
+    from kvoffload.runtime.hub import HubRuntime
+
+EVERY_S = 1.0
+"""vLLM asks in every step; statistics cost a message to its front-end."""
+
+
+class SchedulerStatistics:
+    """Differences since the last time, of the facade's counters and of L1's."""
+
+    def __init__(self, side: SchedulerSide, hub: HubRuntime) -> None:
+        self._side = side
+        self._hub = hub
+        self._next = time.monotonic() + EVERY_S
+        self._last: dict[str, int] = {}
+
+    def take(self) -> dict[str, Any] | None:
+        now = time.monotonic()
+        if now < self._next:
+            return None
+        self._next = now + EVERY_S
+        side = self._side
+        counters, side.counters = side.counters, SchedulerCounters()
+        found = {
+            "queried_tokens": counters.queried_tokens,
+            "hit_tokens": counters.hit_tokens,
+            "loads": counters.loads,
+            "failed_loads": counters.failed_loads,
+            "unloaded_tokens": counters.unloaded_tokens,
+        }
+        totals = {"offered_blocks": side.saver.offered_blocks}
+        totals |= {f"dropped_{reason.value}": count for reason, count in side.saver.drops.items()}
+        totals |= {f"unanswered_{reason}": count for reason, count in side.matcher.zero_reasons.items()}
+        gauges: dict[str, int] = {}
+        l1 = self._hub.statistics()
+        if l1 is not None:
+            for reason, count in l1.drops.items():
+                name = f"dropped_{reason.value}"
+                totals[name] = totals.get(name, 0) + count
+            totals["saved_blocks"] = l1.committed
+            totals["evicted_blocks"] = l1.evictions
+            gauges = {"l1_used_blocks": l1.slots.get(State.READY, 0), "l1_capacity_blocks": l1.usable}
+        for name, total in totals.items():
+            found[name] = total - self._last.get(name, 0)
+        self._last = totals
+        return {name: value for name, value in found.items() if value} | gauges
+
+
+def worker_statistics(side: WorkerSide, host: WorkerHost | None) -> dict[str, Any] | None:
+    """Counters since the last time, None where nothing happened: a value would keep an idle step from being idle."""
+    counters = side.counters
+    if host is None or not (counters.loaded_blocks or counters.failed_loads or counters.withdrawn_loads or counters.refused_saves):
+        return None
+    side.counters = WorkerCounters()
+    found = {
+        "loaded_bytes": counters.loaded_blocks * host.block_bytes,
+        "loaded_blocks": counters.loaded_blocks,
+        "failed_copies": counters.failed_loads,
+        "withdrawn_loads": counters.withdrawn_loads,
+        "refused_saves": counters.refused_saves,
+    }
+    return {name: value for name, value in found.items() if value}

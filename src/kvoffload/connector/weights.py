@@ -1,0 +1,116 @@
+"""Telling models and adapters apart by their files, without reading all of a hundred gigabytes."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from hashlib import blake2b
+from pathlib import Path
+from typing import BinaryIO
+
+_WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
+_SAMPLE_BYTES = 256
+_WHOLE_BYTES = 2048
+"""A tensor up to this size is read whole: scales and biases are small, and decide much."""
+_OPAQUE_SAMPLES = 2048
+_HEADER_LIMIT = 100_000_000
+"""The format's own limit for a safetensors header."""
+
+
+def fingerprint_file(path: Path) -> bytes:
+    """32 bytes of a weights file's size, header and samples: of every tensor of a safetensors file, evenly spread over any other.
+
+    Two files that differ only between the samples look alike; a user who edits weights so sparsely sets `model.version`.
+    """
+    digest = blake2b(digest_size=32)
+    size = path.stat().st_size
+    digest.update(size.to_bytes(8, "little"))
+    with path.open("rb") as file:
+        header = _safetensors_header(file, size) if path.suffix == ".safetensors" else None
+        if header is None:
+            ranges = _even_ranges(size)
+        else:
+            digest.update(header)
+            ranges = _tensor_ranges(header)
+        for offset, length in ranges:
+            file.seek(offset)
+            digest.update(file.read(length))
+    return digest.digest()
+
+
+def fingerprint_directory(directory: Path, *, with_code: bool = False) -> str | None:
+    """A digest of a directory's weights files and quantisation settings (and Python files ``with_code``); None without weights."""
+    weights = _files(directory, _WEIGHT_FILES)
+    if not weights:
+        return None
+    digest = blake2b(digest_size=32)
+    for path in weights:
+        digest.update(path.name.encode() + b"\0" + fingerprint_file(path))
+    for path in _files(directory, ("*quant*.json", *(("*.py",) if with_code else ()))):
+        digest.update(path.name.encode() + b"\0" + blake2b(path.read_bytes(), digest_size=32).digest())
+    return digest.hexdigest()
+
+
+def digest_whole(directory: Path) -> str:
+    """A digest of everything in the files right in ``directory``; for adapters, which are small and much alike. Raises OSError."""
+    digest = blake2b(digest_size=32)
+    for path in sorted(entry for entry in directory.iterdir() if entry.is_file()):
+        digest.update(path.name.encode() + b"\0" + path.stat().st_size.to_bytes(8, "little"))
+        with path.open("rb") as file:
+            while piece := file.read(1 << 20):
+                digest.update(piece)
+    return digest.hexdigest()
+
+
+def signature(directory: Path) -> tuple[tuple[str, int, int, int], ...]:
+    """Name, inode, size and modification time (ns) of each file right in ``directory``: changes when they do. Raises OSError."""
+    found = []
+    with os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.is_file():
+                stat = entry.stat()
+                found.append((entry.name, stat.st_ino, stat.st_size, stat.st_mtime_ns))
+    return tuple(sorted(found))
+
+
+def hub_commit(repository: str, revision: str | None, cache_directory: str | None) -> str | None:
+    """The commit of a hub repository that is on this machine, the one that vLLM has loaded by now; None if there is none."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot = snapshot_download(repository, revision=revision, cache_dir=cache_directory, local_files_only=True)
+    except Exception:  # every way of not being there: no such name, no such file, offline
+        return None
+    name = Path(snapshot).name
+    return name if re.fullmatch(r"[0-9a-f]{40}", name) else None
+
+
+def _files(directory: Path, patterns: tuple[str, ...]) -> list[Path]:
+    return sorted({path for pattern in patterns for path in directory.glob(pattern) if path.is_file()})
+
+
+def _safetensors_header(file: BinaryIO, size: int) -> bytes | None:
+    length = int.from_bytes(file.read(8), "little")
+    return file.read(length) if 0 < length <= min(_HEADER_LIMIT, size - 8) else None
+
+
+def _tensor_ranges(header: bytes) -> Iterator[tuple[int, int]]:
+    """Where to read: the start, middle and end of every tensor, by place in the file."""
+    base = 8 + len(header)
+    places = sorted(entry["data_offsets"] for name, entry in json.loads(header).items() if name != "__metadata__")
+    for start, end in places:
+        length = end - start
+        if length <= _WHOLE_BYTES:
+            yield base + start, length
+        else:
+            for offset in (0, (length - _SAMPLE_BYTES) // 2, length - _SAMPLE_BYTES):
+                yield base + start + offset, _SAMPLE_BYTES
+
+
+def _even_ranges(size: int) -> Iterator[tuple[int, int]]:
+    step = max(_SAMPLE_BYTES, size // _OPAQUE_SAMPLES)
+    for offset in range(0, size, step):
+        yield offset, _SAMPLE_BYTES
+    yield max(0, size - _SAMPLE_BYTES), _SAMPLE_BYTES

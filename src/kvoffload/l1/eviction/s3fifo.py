@@ -1,0 +1,224 @@
+"""S3-FIFO (Yang et al., SOSP 2023): a small queue that most blocks do not survive, a main queue, and ghosts."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+from kvoffload.errors import InternalError
+from kvoffload.l1.eviction.ghosts import Ghosts
+from kvoffload.l1.slots import NONE
+from kvoffload.messages import BlockKey
+
+HOTTEST = 3
+"""A slot's uses are counted up to this."""
+
+CHANCES = 6
+"""How many used slots one call of `S3FIFO.name` gives another round; then the next goes though it was used. The paper's loop has no
+bound, and at a million slots, all of them hot, it would stop the actor for a third of a second."""
+
+# A slot's row in ``_heat``: its uses, plus the queue it is in. Rows of slots that are in none mean nothing.
+_SMALL, _MAIN, _USES = 4, 8, 3
+
+
+class S3FIFO:
+    """A slot enters the small queue, or the main one if its key is a ghost. A used slot goes on from small to main, unused, or
+    round in main, less one use; an unused one is evicted, from small leaving its key as a ghost.
+
+    The small queue is named from while it has its share (``small_ratio`` of the slots) or main is empty. ``keys[slot]`` is read
+    on admission and eviction. Small is a ring through its head's row; main is a ring with a hand, since there most slots only go
+    round, which then is one step of the hand.
+    """
+
+    _after: array[int]
+    _before: array[int]
+    _heat: bytearray
+    _small: int
+    _main: int
+    _hand: int
+
+    def __init__(self, capacity: int, keys: Sequence[BlockKey], small_ratio: float = 0.1) -> None:
+        self._keys = keys
+        self._small_ratio = small_ratio
+        self._head = capacity
+        self.ghosts = Ghosts(capacity)
+        self._small_share = 1
+        self.clear()
+
+    def __len__(self) -> int:
+        return self._small + self._main
+
+    def resize(self, capacity: int) -> None:
+        """Shares and the ghosts' bound follow the number of slots."""
+        self._small_share = max(1, int(self._small_ratio * capacity))
+        self.ghosts.bound = capacity - self._small_share
+
+    def admit(self, slots: Iterable[int]) -> None:
+        after, before, heat, keys = self._after, self._before, self._heat, self._keys
+        ghosts = self.ghosts
+        tags, mask = ghosts.tags, ghosts.mask
+        head = self._head
+        last = before[head]
+        count = 0
+        for slot in slots:
+            digest = hash(keys[slot])
+            if tags[digest & mask] == digest >> 32 and ghosts.pop(digest):
+                self._into_main(slot)
+                continue
+            after[last] = slot
+            before[slot] = last
+            last = slot
+            heat[slot] = _SMALL
+            count += 1
+        after[last] = head
+        before[head] = last
+        self._small += count
+
+    def touch(self, slots: Iterable[int]) -> None:
+        heat = self._heat
+        for slot in slots:
+            warmth = heat[slot]
+            if warmth & _USES != HOTTEST:
+                heat[slot] = warmth + 1
+
+    def names(self, limit: int) -> list[int]:
+        after, heat = self._after, self._heat
+        chances = CHANCES
+        while self._small and (self._small >= self._small_share or not self._main):
+            slot = after[self._head]
+            if heat[slot] == _SMALL or not chances:
+                # Behind so many more, small is below its share.
+                return self._unused(slot, _SMALL, min(limit, self._small - self._small_share + 1 if self._main else self._small))
+            chances -= 1
+            self._out_of_small(slot)
+            self._into_main(slot)
+        if not self._main:
+            return []
+        slot = self._hand
+        while chances and heat[slot] != _MAIN:
+            chances -= 1
+            heat[slot] -= 1
+            slot = after[slot]
+        self._hand = slot
+        return self._unused(slot, _MAIN, min(limit, self._main))
+
+    def send_back(self, slot: int) -> None:
+        """To the end of its own queue: having children is no merit."""
+        warmth = self._heat[slot]
+        if warmth >= _MAIN:
+            self._hand = self._after[slot]
+            return
+        self._out_of_small(slot)
+        head, after, before = self._head, self._after, self._before
+        last = before[head]
+        after[last] = before[head] = slot
+        before[slot], after[slot] = last, head
+        self._small += 1
+
+    def keep(self, slot: int) -> None:
+        """To the end of main: a slot in use has been used. (Were it sent round in small, small would be named from for ever.)"""
+        if self._heat[slot] >= _MAIN:
+            self._hand = self._after[slot]
+        else:
+            self._out_of_small(slot)
+            self._into_main(slot)
+
+    def evict(self, slots: Sequence[int], keys: Sequence[BlockKey]) -> None:
+        after, before = self._after, self._before
+        first, following = slots[0], after[slots[-1]]
+        previous = before[first]
+        after[previous] = following
+        before[following] = previous
+        if self._heat[first] < _MAIN:
+            self._small -= len(slots)
+            self.ghosts.add(keys)
+        else:
+            self._main -= len(slots)
+            self._hand = following if self._main else NONE
+
+    def take_out(self, slot: int, key: BlockKey) -> None:
+        if self._heat[slot] < _MAIN:
+            self.ghosts.add((key,))
+        self.discard(slot)
+
+    def discard(self, slot: int) -> None:
+        if self._heat[slot] < _MAIN:
+            self._out_of_small(slot)
+        else:
+            self._out_of_main(slot)
+
+    def clear(self) -> None:
+        head = self._head
+        self._after = array("i", [NONE]) * (head + 1)
+        self._before = array("i", [NONE]) * (head + 1)
+        self._after[head] = self._before[head] = head
+        self._hand = NONE
+        self._heat = bytearray(head)
+        self._small = self._main = 0
+        self.ghosts.clear()
+
+    def order(self) -> list[int]:
+        return self._queue(self._after[self._head], self._head) + self._queue(self._hand, NONE)
+
+    def check(self) -> None:
+        small, main = self._queue(self._after[self._head], self._head), self._queue(self._hand, NONE)
+        for found, length, queue in ((small, self._small, _SMALL), (main, self._main, _MAIN)):
+            if len(found) != length or len(set(found)) != length:
+                raise InternalError(f"S3FIFO: {len(found)} slots are linked, {length} were admitted")
+            if any(self._heat[slot] & ~_USES != queue for slot in found):
+                raise InternalError("S3FIFO: a slot is in the wrong queue")
+        for ring in ([self._head, *small, self._head], [*main, *main[:1]]):
+            if any(self._before[slot] != previous for previous, slot in pairwise(ring)):
+                raise InternalError("S3FIFO: the two directions of a ring differ")
+        self.ghosts.check()
+
+    def _unused(self, slot: int, unused: int, limit: int) -> list[int]:
+        """This slot and the unused ones right behind it in its queue, up to ``limit``."""
+        after, heat = self._after, self._heat
+        found = [slot]
+        for _ in range(limit - 1):
+            slot = after[slot]
+            if heat[slot] != unused:
+                break
+            found.append(slot)
+        return found
+
+    def _out_of_small(self, slot: int) -> None:
+        after, before = self._after, self._before
+        previous, following = before[slot], after[slot]
+        after[previous] = following
+        before[following] = previous
+        self._small -= 1
+
+    def _out_of_main(self, slot: int) -> None:
+        after, before = self._after, self._before
+        previous, following = before[slot], after[slot]
+        after[previous] = following
+        before[following] = previous
+        if self._hand == slot:
+            self._hand = following if following != slot else NONE
+        self._main -= 1
+
+    def _into_main(self, slot: int) -> None:
+        """To the end of main, unused: right before the hand."""
+        after, before, hand = self._after, self._before, self._hand
+        if hand < 0:
+            self._hand = after[slot] = before[slot] = slot
+        else:
+            last = before[hand]
+            after[last] = before[hand] = slot
+            before[slot] = last
+            after[slot] = hand
+        self._heat[slot] = _MAIN
+        self._main += 1
+
+    def _queue(self, slot: int, end: int) -> list[int]:
+        """The slots from this one to ``end``, or all around where there is none."""
+        found: list[int] = []
+        while slot not in (end, NONE) and not (found and slot == found[0]):
+            if len(found) > self._head:
+                raise InternalError("S3FIFO: a ring does not close")
+            found.append(slot)
+            slot = self._after[slot]
+        return found

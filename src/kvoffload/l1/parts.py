@@ -1,0 +1,57 @@
+"""What the verbs of L1 (`saving`, `matching`, `removal`) work on together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from kvoffload.errors import ConfigError
+from kvoffload.l1.eviction import EvictionPolicy, PolicyName, make_policy
+from kvoffload.l1.eviction.evictor import Evictor
+from kvoffload.l1.index import KeyIndex
+from kvoffload.l1.inflight import Inflight
+from kvoffload.l1.leases import Leases
+from kvoffload.l1.slots import SlotTable
+from kvoffload.l1.statistics import Counts
+from kvoffload.messages import BlockKey
+
+
+@dataclass(frozen=True, slots=True)
+class L1Config:
+    """How L1 behaves; how large it is at most is the segments' to say."""
+
+    ranks: int = 1
+    policy: PolicyName = "s3fifo"
+    hit_lifetime_s: float = 10.0
+    """How long after the answer a hit may be used; kept by whoever got it, L1 has no timer."""
+    max_waiting_share: float = 0.5
+    """A new hit is refused when more than this share of the usable slots would be protected from eviction."""
+    small_ratio: float = 0.1
+    """The small queue's share under S3FIFO."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.ranks <= 64:
+            raise ConfigError(f"ranks must be from 1 to 64, not {self.ranks}")
+        if not 0 < self.max_waiting_share <= 1:
+            raise ConfigError(f"max_waiting_share must be above 0 and at most 1, not {self.max_waiting_share}")
+        if not 0 < self.small_ratio < 1:
+            raise ConfigError(f"small_ratio must be between 0 and 1, not {self.small_ratio}")
+
+
+class Parts:
+    """One L1's slots, index, policy, jobs and leases, and what it counts."""
+
+    __slots__ = ("config", "counts", "evictor", "index", "inflight", "leases", "policy", "slots")
+
+    def __init__(self, config: L1Config, capacity: int) -> None:
+        self.config = config
+        self.slots = SlotTable(capacity)
+        self.index = KeyIndex()
+        self.policy: EvictionPolicy = make_policy(
+            config.policy, capacity, cast("Sequence[BlockKey]", self.slots.keys), config.small_ratio
+        )
+        self.evictor = Evictor(self.slots, self.index, self.policy)
+        self.inflight = Inflight(config.ranks)
+        self.leases = Leases(self.slots)
+        self.counts = Counts()

@@ -1,0 +1,202 @@
+"""The slots themselves: one row per slot, in arrays, with the family tree and the pins.
+
+Arrays and not lists of ints: a million-entry list costs the cyclic garbage collector some 20 ms in every full collection and keeps
+an int object alive per entry; arrays are invisible to it, and so is numpy's array of objects, which holds the keys.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvoffload.errors import InternalError
+from kvoffload.l1.states import State
+
+NONE = -1
+"""No slot: the parent of a prompt's first block, the child of a leaf."""
+
+_FREE, _CONDEMNED = int(State.FREE), int(State.CONDEMNED)
+
+
+class SlotTable:
+    """Rows of ``capacity`` slots, of which the first ``usable`` may be handed out.
+
+    The columns are public to the package: hot loops bind them to local names. A FREE row has no child, sibling or pin; its parent
+    and key mean nothing.
+    """
+
+    __slots__ = (
+        "capacity",
+        "counts",
+        "first_child",
+        "free",
+        "fresh",
+        "guard",
+        "keys",
+        "next_sibling",
+        "parent",
+        "previous_sibling",
+        "protected",
+        "state",
+        "usable",
+    )
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.usable = 0
+        self.fresh = 0  # slots from here to ``usable`` were never used: growing costs nothing per slot
+        self.free: array[int] = array("i")  # used before, and FREE: a stack
+        self.state = bytearray(capacity)
+        self.keys: NDArray[Any] = np.full(capacity, None, dtype=object)
+        self.parent = _links(capacity)
+        self.first_child = _links(capacity)
+        self.next_sibling = _links(capacity)
+        # Of the first of several children: the last one, so that a child is appended in one step. NONE for an only child.
+        self.previous_sibling = _links(capacity)
+        # Pins on this slot, plus its children whose own guard is above 0; above 0 means that it must not be evicted.
+        self.guard: array[int] = array("i", bytes(4 * capacity))
+        self.counts = [0] * len(State)  # by state, FREE ones among the usable
+        self.protected = 0  # slots whose guard is above 0
+
+    def grow(self, usable: int) -> None:
+        """Let the first ``usable`` slots be handed out; never fewer than before."""
+        if usable > self.capacity:
+            raise InternalError(f"{usable} slots are populated of a segment of {self.capacity}")
+        if usable > self.usable:
+            self.counts[_FREE] += usable - self.usable
+            self.usable = usable
+
+    def take(self, count: int) -> list[int]:
+        """Up to ``count`` FREE slots, no longer in the free list; the caller sets their state and the counts."""
+        taken: list[int] = []
+        free = self.free
+        if free:
+            taken = free[-count:].tolist()
+            del free[-count:]
+            taken.reverse()
+        more = min(count - len(taken), self.usable - self.fresh)
+        if more > 0:
+            taken.extend(range(self.fresh, self.fresh + more))
+            self.fresh += more
+        return taken
+
+    def put_back(self, slots: list[int]) -> None:
+        """Undo `take`, for slots that were not needed."""
+        slots.reverse()
+        self.free.extend(slots)
+
+    def release(self, slot: int) -> None:
+        """Make a slot FREE that has no child, sibling or pin any more, whatever its state was."""
+        self.counts[self.state[slot]] -= 1
+        self.counts[_FREE] += 1
+        self.state[slot] = _FREE
+        self.keys[slot] = None
+        self.free.append(slot)
+
+    def move(self, slot: int, state: State) -> None:
+        """Change a slot's state and nothing else."""
+        self.counts[self.state[slot]] -= 1
+        self.counts[state] += 1
+        self.state[slot] = state
+
+    def attach(self, slot: int, parent: int) -> None:
+        """Make a slot without family the last child of ``parent``, or parentless."""
+        self.parent[slot] = parent
+        if parent < 0:
+            return
+        first = self.first_child[parent]
+        if first < 0:
+            self.first_child[parent] = slot
+            return
+        previous = self.previous_sibling
+        last = previous[first]
+        if last < 0:
+            last = first
+        self.next_sibling[last] = slot
+        previous[slot] = last
+        previous[first] = slot
+
+    def detach(self, slot: int) -> None:
+        """Take a slot from among its parent's children; it keeps its own children, and remembers its parent's number."""
+        parent = self.parent[slot]
+        if parent < 0:
+            return
+        following, previous = self.next_sibling, self.previous_sibling
+        first, after, before = self.first_child[parent], following[slot], previous[slot]
+        if first == slot:
+            self.first_child[parent] = after
+            if after >= 0:
+                previous[after] = NONE if before == after else before
+        else:
+            following[before] = after
+            if after >= 0:
+                previous[after] = before
+            else:
+                previous[first] = NONE if before == first else before
+        following[slot] = previous[slot] = NONE
+
+    def children(self, slot: int) -> list[int]:
+        """The children of a slot, oldest first."""
+        found = []
+        child = self.first_child[slot]
+        while child >= 0:
+            found.append(child)
+            child = self.next_sibling[child]
+        return found
+
+    def ancestor(self, slot: int, steps: int) -> int:
+        """The slot ``steps`` above this one."""
+        parent = self.parent
+        for _ in range(steps):
+            slot = parent[slot]
+        return slot
+
+    def chain(self, slot: int) -> list[int]:
+        """The slots from the prompt's first block down to this one."""
+        parent = self.parent
+        found = []
+        while slot >= 0:
+            found.append(slot)
+            slot = parent[slot]
+        found.reverse()
+        return found
+
+    def pin(self, slot: int) -> int:
+        """Protect a slot and all above it from eviction until `unpin`; says how many were not protected before."""
+        guard, parent = self.guard, self.parent
+        newly = 0
+        while slot >= 0:
+            guards = guard[slot]
+            guard[slot] = guards + 1
+            if guards:
+                break
+            newly += 1
+            slot = parent[slot]
+        self.protected += newly
+        return newly
+
+    def unpin(self, slot: int) -> None:
+        """Undo one `pin` of this slot, and free what is CONDEMNED and was kept by it alone, children before parents."""
+        guard, parent, state = self.guard, self.parent, self.state
+        no_longer = 0
+        while slot >= 0:
+            guards = guard[slot] - 1
+            if guards < 0:
+                raise InternalError(f"slot {slot} was unpinned more often than pinned")
+            guard[slot] = guards
+            if guards:
+                break
+            no_longer += 1
+            above = parent[slot]
+            if state[slot] == _CONDEMNED:
+                self.detach(slot)
+                self.release(slot)
+            slot = above
+        self.protected -= no_longer
+
+
+def _links(capacity: int) -> array[int]:
+    return array("i", [NONE]) * capacity

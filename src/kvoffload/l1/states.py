@@ -1,0 +1,50 @@
+"""The states of a slot, and which may follow which."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import IntEnum
+from types import MappingProxyType
+
+
+class State(IntEnum):
+    """What a slot is doing. FILLING, FILLED and READY slots are in the index, the others are not."""
+
+    FREE = 0
+    """Holds nothing, and nobody reads or writes it."""
+    FILLING = 1
+    """Granted: a copy may be writing it on some rank."""
+    FILLED = 2
+    """Every rank has filled it; it waits for its parent to be READY."""
+    READY = 3
+    """Holds its block on every rank, as do all its ancestors."""
+    DOOMED = 4
+    """Will not be READY, but a copy may still be writing it: freed when every rank has reported."""
+    CONDEMNED = 5
+    """Was READY and is invalid now, but it or a descendant of it is pinned: freed with the last pin and child, children first."""
+    QUARANTINED = 6
+    """A copy may be writing it and will not report: freed when that rank's process is known to be gone."""
+
+
+TRANSITIONS: Mapping[State, frozenset[State]] = MappingProxyType(
+    {
+        # granted
+        State.FREE: frozenset({State.FILLING}),
+        # filled by all (READY when its parent is, else FILLED); failed, fallen with its parent, or reset; its rank was lost
+        State.FILLING: frozenset({State.FILLED, State.READY, State.DOOMED}),
+        # its parent became READY; its parent fell, or reset
+        State.FILLED: frozenset({State.READY, State.FREE}),
+        # evicted, failed to load or reset; the same under a pin
+        State.READY: frozenset({State.FREE, State.CONDEMNED}),
+        # every rank has reported; a rank that has not was lost
+        State.DOOMED: frozenset({State.FREE, State.QUARANTINED}),
+        # the last pin and child are gone
+        State.CONDEMNED: frozenset({State.FREE}),
+        # the lost rank's process is gone, or it did report
+        State.QUARANTINED: frozenset({State.FREE}),
+    }
+)
+"""Every transition there is. A slot that fails on the last rank passes through DOOMED within one message."""
+
+INDEXED = frozenset({State.FILLING, State.FILLED, State.READY})
+"""The states whose slots are found by their key."""

@@ -1,0 +1,294 @@
+"""The unix socket under the link: an owner-only meeting place, peers that are checked, descriptors that are never leaked.
+
+The worker half listens before its address goes into vLLM's handshake metadata; the hub connects. Either end checks that the other
+runs as the same user, and the hub that it is the process that it was told of; the hub proves that it was told the token.
+"""
+
+from __future__ import annotations
+
+import array
+import atexit
+import errno
+import hmac
+import os
+import secrets
+import shutil
+import socket
+import struct
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import anyio
+
+from kvoffload.errors import PeerError, UnsupportedError
+from kvoffload.link_frames import HEADER_BYTES, MAX_FRAME_BYTES, Goodbye, Knock, decode, encode, frame_bytes
+from kvoffload.observe.logs import get_logger
+
+log = get_logger("link")
+
+LINK_VERSION = 1
+_MAX_PATH_BYTES = 107  # of sun_path, less its terminating NUL: unix(7)
+_KNOCK_TIMEOUT_S = 5.0
+_MOST_DESCRIPTORS = 4
+_UCRED = struct.Struct("3i")  # pid, uid, gid: SO_PEERCRED in unix(7)
+
+
+@dataclass(frozen=True, slots=True)
+class LinkAddress:
+    """Where a worker half listens; plain values, for vLLM's handshake metadata. The token is a secret: not in the repr."""
+
+    path: str
+    pid: int
+    token: bytes = field(repr=False)
+
+
+class RawConnection:
+    """A connected stream socket, non-blocking, that it owns. Every method that does I/O raises `PeerError` when the peer is gone."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self._socket = sock
+
+    def close(self) -> None:
+        """Idempotent; nobody may be waiting on it."""
+        self._socket.close()
+
+    @property
+    def is_closed(self) -> bool:
+        return self._socket.fileno() < 0
+
+    def peer(self) -> tuple[int, int]:
+        """The pid and uid that the other process had when it connected, or listened."""
+        pid, uid, _ = _UCRED.unpack(self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        return pid, uid
+
+    async def receive(self, most: int) -> bytes:
+        """At least one byte, at most ``most``. Descriptors that come along are not taken: the kernel closes them."""
+        while True:
+            await anyio.wait_readable(self._socket)
+            try:
+                data = self._socket.recv(most)
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise _lost(error) from error
+            if not data:
+                raise PeerError("the peer closed the connection, or died")
+            return data
+
+    async def send(self, data: bytes, descriptors: Sequence[int] = ()) -> None:
+        """All of ``data``; the descriptors (duplicated for the peer; ours stay open) go with its first byte."""
+        view = memoryview(data)
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
+        while view:
+            try:
+                # MSG_NOSIGNAL is Python's default, in that it ignores SIGPIPE; a host program need not.
+                sent = self._socket.sendmsg([view], rights, socket.MSG_NOSIGNAL)
+            except BlockingIOError:
+                await anyio.wait_writable(self._socket)
+                continue
+            except OSError as error:
+                raise _lost(error) from error
+            view, rights = view[sent:], []
+        await anyio.lowlevel.checkpoint()
+
+    def send_nowait(self, data: bytes) -> bool:
+        """For last words: True if all of it went into the socket's buffer at once."""
+        try:
+            return self._socket.send(data, socket.MSG_NOSIGNAL) == len(data)
+        except OSError:
+            return False
+
+    async def receive_message(self, descriptors: int = 0) -> tuple[object, list[int]]:
+        """One message of the handshake, and exactly so many descriptors, close-on-exec and the caller's to close. Reads no byte more."""
+        received: list[int] = []
+        try:
+            header = await self._receive_exactly(HEADER_BYTES, received)
+            payload = await self._receive_exactly(frame_bytes(header), received)
+            message = decode(header[4], payload)
+            if isinstance(message, Goodbye):
+                raise PeerError(f"the peer refused: {message.reason}")
+            if len(received) != descriptors:
+                raise PeerError(f"{len(received)} descriptors came with {type(message).__name__}, and not {descriptors}")
+        except BaseException:
+            close_descriptors(received)
+            raise
+        return message, received
+
+    async def _receive_exactly(self, count: int, descriptors: list[int]) -> bytes:
+        data = b""
+        while len(data) < count:
+            await anyio.wait_readable(self._socket)
+            try:
+                piece, ancillary, flags, _ = self._socket.recvmsg(
+                    count - len(data), socket.CMSG_SPACE(4 * _MOST_DESCRIPTORS), socket.MSG_CMSG_CLOEXEC
+                )
+            except BlockingIOError:
+                continue
+            except OSError as error:
+                raise _lost(error) from error
+            for level, kind, rights in ancillary:
+                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                    descriptors += array.array("i", rights[: len(rights) - len(rights) % 4])
+            if flags & socket.MSG_CTRUNC:
+                raise PeerError(f"more than {_MOST_DESCRIPTORS} descriptors in one message on the link, or no room for them here")
+            if not piece:
+                raise PeerError("the peer closed the connection during the handshake, or died")
+            data += piece
+        return data
+
+
+def close_descriptors(descriptors: Sequence[int]) -> None:
+    """Close each; one that is closed already is no error."""
+    for descriptor in descriptors:
+        try:
+            os.close(descriptor)
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                log.warning("close_failed", descriptor=descriptor, error=repr(error))
+
+
+class Listener:
+    """A listening socket under a random name in a directory of its own that only this user may enter. For one connection."""
+
+    def __init__(self, sock: socket.socket, directory: str, address: LinkAddress) -> None:
+        sock.setblocking(False)
+        self.address = address
+        self._socket = sock
+        self._directory = directory
+        atexit.register(self._remove)
+
+    def close(self) -> None:
+        """Stop listening and remove socket and directory, at once. Idempotent."""
+        self._socket.close()
+        self._remove()
+        atexit.unregister(self._remove)
+
+    def _remove(self) -> None:
+        # A forked child that exits must not take the meeting place away.
+        if os.getpid() == self.address.pid:
+            shutil.rmtree(self._directory, ignore_errors=True)
+
+    async def accept(self, timeout_s: float) -> RawConnection:
+        """The first peer of this user that knows the token; others are turned away. The listener is closed then, and on every error.
+
+        Raises `PeerError` when nobody came in time.
+        """
+        try:
+            with anyio.fail_after(timeout_s):
+                while True:
+                    connection = await self._accept()
+                    if await self._knows_token(connection):
+                        return connection
+        except TimeoutError as error:
+            raise PeerError(f"the hub did not connect to {self.address.path} within {timeout_s} s") from error
+        finally:
+            self.close()
+
+    async def _accept(self) -> RawConnection:
+        while True:
+            await anyio.wait_readable(self._socket)
+            try:
+                return RawConnection(self._socket.accept()[0])
+            except (BlockingIOError, ConnectionAbortedError):
+                continue
+
+    async def _knows_token(self, connection: RawConnection) -> bool:
+        try:
+            check_user(connection)
+            with anyio.fail_after(_KNOCK_TIMEOUT_S):
+                knock, _ = await connection.receive_message()
+            if not isinstance(knock, Knock) or not hmac.compare_digest(knock.token, self.address.token):
+                raise PeerError("it does not know the token")
+            if knock.version != LINK_VERSION:
+                connection.send_nowait(encode(Goodbye(f"this worker speaks version {LINK_VERSION} of the link, not {knock.version}")))
+                raise PeerError(f"it speaks version {knock.version} of the link, and this process version {LINK_VERSION}")
+        except (PeerError, TimeoutError) as error:
+            connection.close()
+            log.warning("link_peer_turned_away", reason=str(error) or "it said nothing")
+            return False
+        except BaseException:
+            connection.close()
+            raise
+        return True
+
+
+def listen(directory: str | None = None) -> Listener:
+    """Make a meeting place below ``directory`` (the system's temporary one), which must be on a local file system.
+
+    Raises `UnsupportedError` when no socket can be made there.
+    """
+    try:
+        own = tempfile.mkdtemp(prefix="kvoffload-", dir=directory)  # mode 0700
+    except OSError as error:
+        raise UnsupportedError(f"no directory for the link's socket can be made in {directory or tempfile.gettempdir()}: {error}") from error
+    path = os.path.join(own, secrets.token_hex(8))
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)  # close-on-exec, as all of Python's
+    try:
+        if len(os.fsencode(path)) > _MAX_PATH_BYTES:
+            raise OSError(errno.ENAMETOOLONG, f"a socket's path has at most {_MAX_PATH_BYTES} bytes; set TMPDIR to a shorter one")
+        sock.bind(path)
+        sock.listen(8)
+    except OSError as error:
+        sock.close()
+        shutil.rmtree(own, ignore_errors=True)
+        raise UnsupportedError(f"no unix socket can be made at {path}: {error}") from error
+    return Listener(sock, own, LinkAddress(path, os.getpid(), secrets.token_bytes(32)))
+
+
+async def connect(address: LinkAddress, timeout_s: float) -> RawConnection:
+    """Connect to a listening worker half, check who it is, and knock. Raises `PeerError`."""
+    connection = RawConnection(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+    try:
+        with anyio.fail_after(timeout_s):
+            await _connect(connection, address.path)
+            check_user(connection)
+            pid, _ = connection.peer()
+            if pid != address.pid:
+                raise PeerError(f"process {pid} listens at {address.path}, and not {address.pid}, as the handshake said")
+            await connection.send(encode(Knock(LINK_VERSION, address.token)))
+    except TimeoutError as error:
+        connection.close()
+        raise PeerError(f"the worker at {address.path} did not accept within {timeout_s} s") from error
+    except BaseException:
+        connection.close()
+        raise
+    return connection
+
+
+async def _connect(connection: RawConnection, path: str) -> None:
+    while True:
+        try:
+            connection._socket.connect(path)
+        except BlockingIOError:  # the queue of the listener is full
+            await anyio.sleep(0.01)
+        except OSError as error:
+            raise PeerError(f"the worker at {path} cannot be reached: {error}") from error
+        else:
+            return
+
+
+def check_user(connection: RawConnection, uid: int | None = None) -> None:
+    """Raises `PeerError` unless the peer runs as this user (or as ``uid``)."""
+    pid, theirs = connection.peer()
+    ours = os.geteuid() if uid is None else uid
+    if theirs != ours:
+        raise PeerError(f"process {pid} at the other end of the link runs as user {theirs}, and this one as {ours}")
+
+
+def _lost(error: OSError) -> PeerError:
+    return PeerError(f"the connection to the peer broke: {error}")
+
+
+__all__ = [
+    "LINK_VERSION",
+    "MAX_FRAME_BYTES",
+    "LinkAddress",
+    "Listener",
+    "RawConnection",
+    "check_user",
+    "close_descriptors",
+    "connect",
+    "listen",
+]

@@ -1,0 +1,141 @@
+"""The loop threads under the runtimes inside vLLM, and how a worker half and the hub meet: in one process, or over the link."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import anyio
+
+from kvoffload import link
+from kvoffload.bridge import LoopThread
+from kvoffload.config import Config
+from kvoffload.errors import PeerError
+from kvoffload.layout import Tensor
+from kvoffload.ledger import Ledger
+from kvoffload.messages import ToL1Manager
+from kvoffload.observe.logs import get_logger
+from kvoffload.runtime.hub import HubRuntime, RankPort
+from kvoffload.runtime.worker import Rank, WorkerRuntime, WrapEngine
+
+log = get_logger("hosts")
+
+JOIN_TIMEOUT_S = 30.0
+"""For a hub to reach a worker half that announced itself."""
+
+PEER_LIMIT_S = 1.0
+"""A peer that was silent for longer gets no new promises."""
+
+
+class WorkerHost:
+    """A worker half's loop thread, with its runtime, and its end of the link."""
+
+    def __init__(self, config: Config, rank: Rank) -> None:
+        self.loop = LoopThread("worker", lambda error: self.runtime.turn_off(f"the worker's loop failed: {error!r}"))
+        self.loop.start()
+        self.runtime = WorkerRuntime(config, rank, self.loop.call_soon)
+        self._listener = link.listen()
+        self._serving: anyio.CancelScope | None = None
+        self._is_joined_here = False
+
+    @classmethod
+    def start(cls, config: Config, number: int, kv_caches: Mapping[str, Tensor], num_blocks: int, wrap: WrapEngine) -> WorkerHost:
+        """Prove, start, and wait for the hub in the background. Raises what `Rank.prepare` raises."""
+        host = cls(config, Rank.prepare(config, number, kv_caches, num_blocks, wrap))
+        link.register_half(host.address.token, host)
+        host.runtime.start()
+        host.loop.submit(host.runtime.run)
+        host.loop.submit(host._serve)
+        return host
+
+    @property
+    def address(self) -> link.LinkAddress:
+        return self._listener.address
+
+    @property
+    def block_bytes(self) -> int:
+        return self.runtime.rank.layout.payload_bytes
+
+    def join_here(self) -> None:
+        """The hub is in this process: no link is needed. On vLLM's thread."""
+        self._is_joined_here = True
+        self._listener.close()
+
+        def stop_serving() -> None:
+            if self._serving is not None:
+                self._serving.cancel()
+
+        self.loop.call_soon(stop_serving)
+
+    async def _serve(self) -> None:
+        with anyio.CancelScope() as self._serving:
+            if not self._is_joined_here:
+                await self._serve_hub()
+
+    async def _serve_hub(self) -> None:
+        rank = self.runtime.rank
+        try:
+            connection = await self._listener.accept(None)
+            joined, ledger_fd = await link.serve_worker(connection, self._hello(), rank.segment.fd, self.runtime.deliver)
+        except PeerError as error:
+            if not self._is_joined_here:
+                self.runtime.turn_off(f"the hub did not join: {error}")
+            return
+        self.runtime.attach(Ledger.attach(ledger_fd, rank.layout.num_blocks), joined.send)
+        await joined.run(lambda reason: self.runtime.turn_off(f"the link to the hub is lost: {reason}"))
+
+    def _hello(self) -> link.Hello:
+        rank = self.runtime.rank
+        return link.Hello.of(rank)
+
+    def close(self, timeout_s: float) -> None:
+        """Bounded; whatever does not end is left to the end of the process."""
+        link.unregister_half(self.address.token)
+        self._listener.close()
+        self.runtime.close(timeout_s * 0.7)
+        self.loop.stop(timeout_s * 0.3)
+
+
+class HubHost:
+    """The hub, with a loop thread of its own, or on the one of the worker half where that is in this process."""
+
+    def __init__(self, config: Config, ledger: Ledger) -> None:
+        self.hub = HubRuntime(config)
+        self._ledger = ledger
+        self._loop: LoopThread | None = None
+
+    def join(self, address: link.LinkAddress) -> None:
+        """Meet the worker half at ``address``; does not wait for it."""
+        worker = link.find_half(address.token)
+        if isinstance(worker, WorkerHost):
+            self._join_here(worker)
+        else:
+            self._loop = LoopThread("hub", lambda error: self.hub.turn_off(f"the hub's loop failed: {error!r}"))
+            self._loop.start()
+            self._loop.submit(lambda: self._join_over_link(address))
+
+    def _join_here(self, worker: WorkerHost) -> None:
+        worker.join_here()
+        slots = worker.runtime.rank.segment.slots
+        reports = self.hub.open(slots, [RankPort(worker.runtime.deliver)], worker.loop.call_soon, worker.loop.heartbeat)
+        worker.loop.submit(self.hub.run)
+        worker.runtime.attach(self._ledger, reports.owe)
+
+    async def _join_over_link(self, address: link.LinkAddress) -> None:
+        assert self._loop is not None
+        try:
+            with anyio.fail_after(JOIN_TIMEOUT_S):
+                joined, hello = await link.join_hub(await link.connect(address, JOIN_TIMEOUT_S), self._ledger)
+        except (PeerError, TimeoutError, OSError) as error:
+            self.hub.turn_off(f"the worker half at {address.path} cannot be reached: {error!r}")
+            return
+        port = RankPort(joined.send, lambda: joined.peer_age_s() < PEER_LIMIT_S)
+        reports = self.hub.open(hello.capacity_slots, [port], self._loop.call_soon, self._loop.heartbeat)
+        report: ToL1Manager
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self.hub.run)
+            await joined.run(lambda reason: self.hub.lose_rank(hello.rank, reason))
+
+    def close(self, timeout_s: float) -> None:
+        self.hub.close()
+        if self._loop is not None:
+            self._loop.stop(timeout_s)

@@ -1,0 +1,186 @@
+"""One rank's half: its tensors, its segment of slots, its copy threads, and the GpuCopy actor that leads them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from kvoffload.actors.gpu_copy import GpuCopy, GpuCopyConfig
+from kvoffload.bridge import Inbox
+from kvoffload.config import Config
+from kvoffload.copy.engine import CopyEngine
+from kvoffload.copy.hands import CopyFact, CopyHands, HandsConfig, LoadJob
+from kvoffload.copy.host import HostCopyEngine
+from kvoffload.copy.proof import prove
+from kvoffload.errors import CapacityError
+from kvoffload.layout import BlockLayout, Tensor
+from kvoffload.ledger import Ledger
+from kvoffload.limits import check_capacity
+from kvoffload.mailbox import OnFull, Receiver, Sender, open_mailbox
+from kvoffload.mailbox_state import CallSoon
+from kvoffload.messages import (
+    ConnectorOff,
+    Job,
+    LoadBlocks,
+    LoadEnded,
+    LoadOutcome,
+    SaveBlocks,
+    SegmentGrown,
+    SlotGrant,
+    ToGpuCopy,
+    ToL1Manager,
+)
+from kvoffload.observe.logs import get_logger
+from kvoffload.segment import Populator, Segment
+from kvoffload.supervisor import Child, RestartPolicy, Supervisor
+
+log = get_logger("worker")
+
+WrapEngine = Callable[[CopyEngine], CopyEngine]
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """What a worker half made of its tensors: proven, and not moving anything yet."""
+
+    number: int
+    layout: BlockLayout
+    segment: Segment
+    engine: CopyEngine
+
+    @classmethod
+    def prepare(cls, config: Config, number: int, kv_caches: Mapping[str, Tensor], num_blocks: int, wrap: WrapEngine) -> Rank:
+        """Check memory, make the segment, compile the engine and prove the layout. Raises UnsupportedError, LayoutError, CapacityError."""
+        layout = BlockLayout.from_tensors(kv_caches, num_blocks)
+        if layout.slot_bytes > config.l1.capacity_bytes:
+            raise CapacityError(
+                f"l1.capacity_bytes = {config.l1.capacity_bytes} holds not one block: a block of all layers takes {layout.slot_bytes} bytes"
+            )
+        check_capacity(config.l1.capacity_bytes, config.l1.reserve_bytes)
+        segment = Segment.create(config.l1.capacity_bytes, layout.slot_bytes)
+        try:
+            ledger = Ledger(num_blocks)
+            engine = HostCopyEngine(layout, segment, ledger)
+            prove(layout, engine, kv_caches, segment, ledger)
+        except BaseException:
+            segment.close()
+            raise
+        return cls(number, layout, segment, wrap(engine))
+
+
+class WorkerRuntime:
+    """Runs one rank. `run` is the loop's half; what vLLM's thread calls is the `CopyPort` below and never waits, save `wait`.
+
+    ``call_soon`` schedules into the loop that `run` runs on. Reports go to ``to_l1`` of `attach`; until then only growth is remembered.
+    """
+
+    def __init__(self, config: Config, rank: Rank, call_soon: CallSoon, on_load_ended: Callable[[LoadEnded], None] | None = None) -> None:
+        self.rank = rank
+        self.off_reason: str | None = None
+        self._config = config
+        self._inbox: Inbox[LoadEnded] = Inbox()
+        self._on_load_ended = on_load_ended or self._inbox.put
+        self._to_l1: Callable[[ToL1Manager], None] | None = None
+        self._grown: SegmentGrown | None = None
+        self._lock = threading.Lock()
+        sender: Sender[ToGpuCopy | CopyFact]
+        receiver: Receiver[ToGpuCopy | CopyFact]
+        sender, receiver = open_mailbox("gpu_copy", 1024, OnFull.REFUSE, call_soon=call_soon)
+        self._grants = sender
+        self._facts = sender.threadsafe()
+        hands_config = HandsConfig(
+            rank=rank.number,
+            max_loads=config.loads.max_jobs,
+            max_saves=config.save.max_jobs,
+            pair_timeout_s=config.save.pair_timeout_s,
+        )
+        self.hands = CopyHands(rank.engine, self._on_load_ended, self._facts.owe, hands_config)
+        self._gpu_copy = GpuCopy(GpuCopyConfig(rank=rank.number), self.hands, receiver, self._report)
+        self._populator = Populator(rank.segment, self._segment_grown)
+
+    # ------------------------------------------------------------ life
+
+    def start(self) -> None:
+        """Start the threads: copies, and the population of the segment."""
+        self.hands.start()
+        self._populator.start()
+
+    async def run(self) -> None:
+        """The actor, supervised: one crash ends it, and with it the connector."""
+        policy = RestartPolicy(restarts=0, escalate=lambda child, error: self.turn_off(f"{child} crashed: {error!r}"))
+        await Supervisor([Child("gpu_copy", self._gpu_copy.run, policy)]).run()
+
+    def attach(self, ledger: Ledger, to_l1: Callable[[ToL1Manager], None]) -> None:
+        """The hub is there: check saves against its ledger, and report to its L1Manager. ``to_l1`` is called here and on the loop."""
+        self.rank.engine.use_ledger(ledger)
+        with self._lock:
+            self._to_l1 = to_l1
+            grown = self._grown
+        if grown is not None:
+            to_l1(grown)
+
+    def turn_off(self, reason: str) -> None:
+        """Save nothing more, start no load that has not started; running copies end. From any thread."""
+        if self.off_reason is not None:
+            return
+        self.off_reason = reason
+        log.error("connector off on this rank: vLLM goes on without kvoffload", rank=self.rank.number, reason=reason)
+        self.hands.stop_saving()
+        self.hands.withdraw_all_unstarted()
+
+    def close(self, timeout_s: float) -> bool:
+        """End the threads, and with them `run`. False when a copy is still running: then the segment is left to the end of the process."""
+        self.off_reason = self.off_reason or "closed"
+        ended = self._populator.close(timeout_s / 2)
+        ended = self.hands.close(timeout_s / 2) and ended
+        self._grants.close()
+        self._facts.close()
+        if ended:
+            self.rank.engine.close()
+            self.rank.segment.close()
+        return ended
+
+    # ------------------------------------------------------------ from the hub
+
+    def deliver(self, message: SlotGrant | ConnectorOff) -> None:
+        """On the loop: what the hub sends to this rank."""
+        if isinstance(message, SlotGrant):
+            self._grants.owe(message)
+        else:
+            self.turn_off(message.reason)
+
+    def _report(self, message: ToL1Manager) -> None:
+        """On the loop, from GpuCopy. Before the hub is there only growth has happened."""
+        with self._lock:
+            to_l1 = self._to_l1
+            if isinstance(message, SegmentGrown):
+                self._grown = message
+        if to_l1 is not None:
+            to_l1(message)
+
+    def _segment_grown(self, slots: int) -> None:
+        """On the populating thread."""
+        self._facts.owe(SegmentGrown(self.rank.number, slots))
+
+    # ------------------------------------------------------------ CopyPort
+
+    def mark(self) -> object:
+        return self.rank.engine.mark()
+
+    def save(self, message: SaveBlocks) -> bool:
+        return self.hands.saved(message)
+
+    def load(self, message: LoadBlocks) -> LoadJob | None:
+        if self.off_reason is not None:
+            return None
+        return self.hands.load(message)
+
+    def withdrawn(self, job: Job, request: str) -> None:
+        self._facts.owe(LoadEnded(job, request, LoadOutcome.WITHDRAWN, ()))
+
+    def take(self) -> Sequence[LoadEnded]:
+        return self._inbox.take()
+
+    def wait(self, timeout_s: float) -> bool:
+        return self._inbox.wait(timeout_s)

@@ -1,0 +1,195 @@
+"""The slots of one rank: a memfd made by its worker half, populated bit by bit, mapped by the hub."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import mmap
+import os
+import threading
+from collections.abc import Callable
+from typing import Self
+
+import numpy as np
+import structlog
+from numpy.typing import NDArray
+
+from kvoffload.errors import CapacityError, MisuseError
+from kvoffload.memfd import check_memfd, close_fd, create_memfd, map_memfd, unmap
+
+_MADV_POPULATE_WRITE = 23  # Linux 5.14, include/uapi/asm-generic/mman-common.h; not in Python's mmap module
+STEP_BYTES = 16 << 20
+_PAGE = mmap.PAGESIZE
+
+# Through ctypes because it releases the interpreter lock; mmap.madvise of CPython 3.11 holds it, 3 to 10 ms for each step.
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.madvise.restype = ctypes.c_int
+
+
+class Segment:
+    """``slots`` slots of ``slot_bytes`` each, in shared memory. `array` is flat uint8; slot *i* starts at ``i * slot_bytes``."""
+
+    def __init__(self, fd: int, slots: int, slot_bytes: int, *, populated: bool) -> None:
+        self.fd = fd
+        self.slots = slots
+        self.slot_bytes = slot_bytes
+        self.num_bytes = slots * slot_bytes
+        self._mapping = map_memfd(fd, self.num_bytes, writable=True)
+        # Out of core dumps (it may be huge, and it holds users' text), and not copied or kept alive by forked children.
+        self._mapping.madvise(mmap.MADV_DONTDUMP)
+        self._mapping.madvise(mmap.MADV_DONTFORK)
+        self.array: NDArray[np.uint8] = np.frombuffer(self._mapping, dtype=np.uint8, count=self.num_bytes)
+        self.address: int = self.array.ctypes.data
+        self._populated_bytes = self.num_bytes if populated else 0
+        self._can_advise = True
+        self._closed = False
+
+    @classmethod
+    def create(cls, capacity_bytes: int, slot_bytes: int) -> Self:
+        """As many slots as fit into ``capacity_bytes``; no memory is taken until `populate_next`. Raises CapacityError."""
+        if slot_bytes < 1:
+            raise MisuseError(f"a slot cannot have {slot_bytes} bytes")
+        slots = capacity_bytes // slot_bytes
+        if slots < 1:
+            raise CapacityError(f"{capacity_bytes} bytes hold no slot of {slot_bytes}: raise l1.capacity_gb")
+        fd = create_memfd("kvoffload-segment", slots * slot_bytes)
+        try:
+            return cls(fd, slots, slot_bytes, populated=False)
+        except BaseException:
+            os.close(fd)
+            raise
+
+    @classmethod
+    def attach(cls, fd: int, slots: int, slot_bytes: int) -> Self:
+        """Map the segment of another process. Takes over ``fd``. Raises PeerError when it is too small or not sealed."""
+        check_memfd(fd, slots * slot_bytes, "segment")
+        return cls(fd, slots, slot_bytes, populated=True)
+
+    @property
+    def populated_slots(self) -> int:
+        """Slots that lie wholly in memory already taken."""
+        return self._populated_bytes // self.slot_bytes
+
+    def slot(self, index: int) -> NDArray[np.uint8]:
+        """The bytes of one slot, header first."""
+        if not 0 <= index < self.slots:
+            raise MisuseError(f"slot {index} is not one of {self.slots}")
+        return self.array[index * self.slot_bytes : (index + 1) * self.slot_bytes]
+
+    def populate_next(self, step_bytes: int = STEP_BYTES) -> int:
+        """Take the next ``step_bytes`` of memory, lock released; gives the slots usable so far.
+
+        Raises CapacityError when there is no memory: what was taken before stays usable. One thread at a time.
+        """
+        keep = self.array  # taken before the check: it keeps the mapping, should another thread close the segment meanwhile
+        if self._closed:
+            raise MisuseError("the segment is closed")
+        start = self._populated_bytes
+        end = min(self.num_bytes, -(-(start + step_bytes) // _PAGE) * _PAGE)
+        if start < end:
+            self._populate(start, end)
+            self._populated_bytes = end
+        del keep
+        return self.populated_slots
+
+    def _populate(self, start: int, end: int) -> None:
+        if self._can_advise:
+            first = start // _PAGE * _PAGE
+            code = self._advise_populate(self.address + first, end - first)
+            while code == errno.EINTR:
+                code = self._advise_populate(self.address + first, end - first)
+            if code == 0:
+                return
+            if code != errno.EINVAL:
+                raise CapacityError(f"no memory for bytes {start} to {end} of the segment: {os.strerror(code)}")
+            self._can_advise = False
+        # Older kernels: allocating first turns "no memory" into an error, where touching the pages would end us with SIGBUS.
+        try:
+            os.posix_fallocate(self.fd, start, end - start)
+        except OSError as error:
+            raise CapacityError(f"no memory for bytes {start} to {end} of the segment: {error}") from error
+        ctypes.memset(self.address + start, 0, end - start)
+
+    def _advise_populate(self, address: int, num_bytes: int) -> int:
+        """0 or the errno."""
+        return 0 if _libc.madvise(address, num_bytes, _MADV_POPULATE_WRITE) == 0 else ctypes.get_errno()
+
+    def close(self) -> None:
+        """Let go of the memory; whoever still holds `array` keeps it, and another process its mapping. May be called twice."""
+        if not self._closed:
+            self._closed = True
+            self.array = np.empty(0, dtype=np.uint8)
+            close_fd(self.fd)
+            unmap(self._mapping)
+
+
+class Populator:
+    """Populates a segment from a thread of low priority.
+
+    ``on_grown(slots)`` is called from that thread after each step that made slots usable. When memory runs out (ENOMEM, or
+    ``headroom()`` says that fewer than the next step's bytes may be taken) it stops with what there is; `error` has the reason.
+    """
+
+    def __init__(
+        self,
+        segment: Segment,
+        on_grown: Callable[[int], None],
+        *,
+        headroom: Callable[[], int] | None = None,
+        step_bytes: int = STEP_BYTES,
+    ) -> None:
+        self._segment = segment
+        self._on_grown = on_grown
+        self._headroom = headroom
+        self._step_bytes = step_bytes
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="kvoffload-populate", daemon=True)
+        self.error: Exception | None = None
+
+    def start(self) -> None:
+        """Begin; once."""
+        self._thread.start()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it has ended within ``timeout_s``, with all of the segment or with an `error`."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def close(self, timeout_s: float = 1.0) -> bool:
+        """Stop after the step under way; whether that was within ``timeout_s``. The segment may be closed after it."""
+        self._stop.set()
+        return self._thread.ident is None or self.wait(timeout_s)
+
+    def _run(self) -> None:
+        _be_nice()
+        log = structlog.get_logger("kvoffload.populate")
+        try:
+            grown = self._segment.populated_slots
+            while grown < self._segment.slots and not self._stop.is_set():
+                if self._headroom is not None and (left := self._headroom()) < self._step_bytes:
+                    # A process that goes on to the limit of its cgroup is not told ENOMEM, it is killed.
+                    raise CapacityError(f"only {left} bytes may still be taken")
+                slots = self._segment.populate_next(self._step_bytes)
+                if slots > grown:
+                    grown = slots
+                    self._on_grown(slots)
+        except CapacityError as error:
+            self.error = error
+            log.warning(
+                "memory ran out: L1 stays smaller than configured",
+                slots=self._segment.populated_slots,
+                wanted=self._segment.slots,
+                reason=str(error),
+            )
+        except Exception as error:
+            self.error = error
+            log.exception("populating the segment failed: L1 stays smaller than configured", slots=self._segment.populated_slots)
+
+
+def _be_nice() -> None:
+    """Let everybody else run first. On Linux the nice value belongs to the thread."""
+    try:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+    except OSError as error:
+        structlog.get_logger("kvoffload.populate").debug("priority not lowered", reason=str(error))

@@ -1,0 +1,285 @@
+"""`kvoffload.connector.identity`: engines that differ in one thing have different namespaces; equal ones equal ones, anywhere."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.connector.engines import make_kv_cache_config, make_vllm_config
+
+from kvoffload.connector.identity import config_digest, namespace_items, plain
+from kvoffload.errors import UnsupportedError
+from kvoffload.namespace import namespace_digest
+from kvoffload.testing.model import TINY, make_model
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(120)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("models"), TINY)
+
+
+def _digest(config: Any, cache: Any = None, namespace: str = "", version: str | None = None) -> bytes:
+    items, unidentified = namespace_items(config, cache or make_kv_cache_config(config), namespace, version)
+    assert unidentified == []
+    return namespace_digest(items)
+
+
+@pytest.fixture(scope="module")
+def usual(model: Path) -> bytes:
+    return _digest(make_vllm_config(model))
+
+
+def test_equal_engines_are_equal(model: Path, usual: bytes) -> None:
+    assert _digest(make_vllm_config(model)) == usual
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"max_model_len": 1024},
+        {"max_num_seqs": 3},
+        {"max_num_batched_tokens": 64, "enable_chunked_prefill": True},
+        {"enable_prefix_caching": False},
+        {"seed": 7},
+        {"served_model_name": "other"},
+        {"num_gpu_blocks_override": 40},
+        {"distributed_executor_backend": "mp"},
+    ],
+)
+def test_what_does_not_matter(model: Path, usual: bytes, arguments: dict[str, Any]) -> None:
+    config = make_vllm_config(model, **arguments)
+    assert _digest(config, make_kv_cache_config(config, blocks=33)) == usual
+
+
+def test_where_the_files_are_does_not_matter(model: Path, usual: bytes, tmp_path: Path) -> None:
+    elsewhere = shutil.copytree(model, tmp_path / "copy")
+    assert _digest(make_vllm_config(elsewhere)) == usual
+
+
+def test_another_process_agrees(model: Path, usual: bytes) -> None:
+    program = (
+        "import sys; from tests.connector.engines import *; from kvoffload.connector.identity import namespace_items;"
+        "from kvoffload.namespace import namespace_digest; config = make_vllm_config(sys.argv[1]);"
+        "items, bad = namespace_items(config, make_kv_cache_config(config)); sys.stderr.write('=' + namespace_digest(items).hex())"
+    )
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}", "PYTHONHASHSEED": "77"}
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(model)], env=environment, capture_output=True, text=True, timeout=110, check=True
+    )
+    assert done.stderr.rpartition("=")[2] == usual.hex()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"dtype": "float32"},
+        {"kv_cache_dtype": "fp8"},
+        {"block_size": 64},
+        {"hf_overrides": {"rope_theta": 5000.0}},
+        {"hf_overrides": {"rms_norm_eps": 1e-6}},
+        {"hf_overrides": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}}},
+        {"quantization": "fp8_per_tensor"},
+        {"model_impl": "transformers"},
+        {"enable_lora": True},
+        {"tensor_parallel_size": 2},
+        {"pipeline_parallel_size": 2},
+        {"code_revision": "abc"},
+        {"attention_backend": "FLASH_ATTN"},
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
+        {"additional_config": {"a": 1}},
+        {"kv_cache_dtype_skip_layers": ["0"]},
+    ],
+)
+def test_one_engine_argument(model: Path, usual: bytes, arguments: dict[str, Any]) -> None:
+    assert _digest(make_vllm_config(model, **arguments)) != usual
+
+
+def test_the_longest_prompt_matters_with_scaled_positions(model: Path) -> None:
+    scaled = {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}
+    short = make_vllm_config(model, hf_overrides=scaled, max_model_len=512)
+    long = make_vllm_config(model, hf_overrides=scaled, max_model_len=1024)
+    assert _digest(short) != _digest(long)
+
+
+@pytest.mark.parametrize("field", [{"head_size": 64}, {"num_kv_heads": 1}, {"page_size_padded": 1 << 20}, {"block_size": 96}])
+def test_one_field_of_the_cache(model: Path, usual: bytes, field: dict[str, Any]) -> None:
+    config = make_vllm_config(model)
+    assert _digest(config, make_kv_cache_config(config, **field)) != usual
+
+
+def test_layers_and_layout(model: Path, usual: bytes) -> None:
+    config = make_vllm_config(model)
+    cache = make_kv_cache_config(config)
+    [group] = cache.kv_cache_groups
+    assert _digest(config, replace(cache, kv_cache_layout="BLHNC")) != usual
+    assert _digest(config, replace(cache, kv_cache_groups=[replace(group, layer_names=group.layer_names[:2])])) != usual
+    assert _digest(config, replace(cache, kv_cache_groups=[replace(group, layer_names=group.layer_names[::-1])])) != usual
+
+
+def test_what_the_user_says(model: Path, usual: bytes) -> None:
+    config = make_vllm_config(model)
+    found = {
+        usual,
+        _digest(config, namespace="a"),
+        _digest(config, version="a"),
+        _digest(config, namespace="b"),
+        _digest(config, version="b"),
+    }
+    assert len(found) == 5
+
+
+def test_another_minor_version(model: Path, usual: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_vllm_config(model)
+    monkeypatch.setattr("kvoffload.connector.compat.vllm_version", lambda: "0.32.7")
+    assert _digest(config) == usual
+    monkeypatch.setattr("kvoffload.connector.compat.vllm_version", lambda: "0.33.0")
+    assert _digest(config) != usual
+
+
+def test_another_instruction_set(model: Path, usual: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_vllm_config(model)
+    monkeypatch.setattr("vllm.v1.attention.backends.cpu_attn._get_attn_isa", lambda *_: "amx")
+    assert _digest(config) != usual
+
+
+def _flip_weight(directory: Path) -> None:
+    path = directory / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def _append_weight(directory: Path) -> None:
+    with (directory / "model.safetensors").open("ab") as file:
+        file.write(b"\0")
+
+
+def _second_file(directory: Path) -> None:
+    shutil.copy(directory / "model.safetensors", directory / "another.safetensors")
+
+
+def _quant_settings(directory: Path) -> None:
+    (directory / "hf_quant_config.json").write_text("{}")
+
+
+def _other_config(directory: Path) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-6}))
+
+
+@pytest.mark.parametrize("change", [_flip_weight, _append_weight, _second_file, _quant_settings, _other_config])
+def test_one_thing_in_the_files(model: Path, usual: bytes, tmp_path: Path, change: Callable[[Path], None]) -> None:
+    directory = shutil.copytree(model, tmp_path / "copy")
+    change(directory)
+    assert _digest(make_vllm_config(directory)) != usual
+
+
+def test_another_seed_is_another_model(usual: bytes, tmp_path: Path) -> None:
+    assert _digest(make_vllm_config(make_model(tmp_path, replace(TINY, seed=21)))) != usual
+
+
+def test_the_hub_commit_is_the_identity(model: Path, tmp_path: Path) -> None:
+    first, second = "a" * 40, "b" * 40
+    repository = tmp_path / "models--some--model"
+    for commit in (first, second):
+        shutil.copytree(model, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(first)
+    config = copy.deepcopy(make_vllm_config(model))
+    config.model_config.model, config.load_config.download_dir = "some/model", str(tmp_path)
+    items, unidentified = namespace_items(config, make_kv_cache_config(config))
+    assert (items["weights"], unidentified) == ({"hub": ["some/model", first]}, [])
+    config.model_config.revision = second
+    assert namespace_items(config, make_kv_cache_config(config))[0]["weights"] == {"hub": ["some/model", second]}
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        (lambda config, empty: setattr(config.load_config, "load_format", "dummy"), "random"),
+        (lambda config, empty: setattr(config.load_config, "load_format", "tensorizer"), "tensorizer"),
+        (lambda config, empty: setattr(config.model_config, "model_weights", "s3://somewhere"), "local files"),
+        (lambda config, empty: setattr(config.model_config, "model", "not/there"), "hub cache"),
+        (lambda config, empty: setattr(config.model_config, "model", str(empty)), "no weights files"),
+        (lambda config, empty: setattr(config, "weight_transfer_config", object()), "run time"),
+        (lambda config, empty: setattr(config, "additional_config", {"x": object()}), "additional config"),
+        (lambda config, empty: setattr(config.model_config.hf_config, "odd", object()), "model config"),
+    ],
+)
+def test_what_cannot_be_identified_is_named(model: Path, tmp_path: Path, change: Callable[[Any, Path], None], word: str) -> None:
+    config = copy.deepcopy(make_vllm_config(model))
+    change(config, tmp_path)
+    items, unidentified = namespace_items(config, make_kv_cache_config(config))
+    assert any(word in reason for reason in unidentified)
+    namespace_digest(items)  # the rest still makes a namespace
+
+
+def test_multimodal_items_without_hashes(model: Path) -> None:
+    from vllm.config.multimodal import MultiModalConfig
+
+    config = copy.deepcopy(make_vllm_config(model))
+    config.model_config.multimodal_config = MultiModalConfig()
+    assert namespace_items(config, make_kv_cache_config(config))[1] == []
+    config.model_config.multimodal_config.mm_processor_cache_gb = 0
+    assert namespace_items(config, make_kv_cache_config(config))[1] == []  # prefix caching asks for hashes
+    config.cache_config.enable_prefix_caching = False
+    assert "no hashes" in namespace_items(config, make_kv_cache_config(config))[1][0]
+
+
+def test_the_origin_of_a_config_does_not_matter(model: Path) -> None:
+    config = copy.deepcopy(make_vllm_config(model).model_config.hf_config)
+    before = config_digest(config)
+    config._name_or_path = "elsewhere"
+    config.text_config = {"_name_or_path": "there", "x": [1]}
+    with_text = config_digest(config)
+    config.text_config = {"_name_or_path": "here", "x": [1]}
+    assert config_digest(config) == with_text != before
+
+
+class _Colour(Enum):
+    RED = object()
+
+
+@dataclass
+class _Pair:
+    left: int
+    right: object
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, None),
+        (True, True),
+        (1.5, 1.5),
+        ("a", "a"),
+        (b"\x01", "01"),
+        (_Colour.RED, "RED"),
+        (Fraction(1, 2), "1/2"),
+        ({1: (2, 3)}, {"1": [2, 3]}),
+        ({"b", "a"}, ["a", "b"]),
+        (_Pair(1, {"x": None}), {"left": 1, "right": {"x": None}}),
+    ],
+)
+def test_plain(value: object, expected: object) -> None:
+    assert plain(value) == expected
+
+
+def test_plain_refuses_what_others_would_not_share() -> None:
+    with pytest.raises(UnsupportedError, match="type object"):
+        plain({"a": [object()]})

@@ -1,0 +1,195 @@
+"""`kvoffload.connector.request_identity`: pairs of real requests that differ in one thing, and the keys that come of it."""
+
+from __future__ import annotations
+
+import timeit
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.connector.engines import make_request
+
+from kvoffload.connector.request_identity import NOTHING, UNIDENTIFIED, RequestIdentity, field
+from kvoffload.keys import KeyChain
+
+pytest.importorskip("vllm")
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(120)]
+
+TOKENS = list(range(100, 164))
+BLOCK = 16
+
+
+def _keys(request: Any, identity: RequestIdentity | None = None) -> list[bytes]:
+    chain = KeyChain(bytes(24), BLOCK)
+    chain.extend(list(request.all_token_ids), (identity or RequestIdentity()).extras(request))
+    return chain.keys
+
+
+def _item(identifier: str, offset: int, length: int = 4) -> Any:
+    from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
+
+    return MultiModalFeatureSpec(data=None, modality="image", identifier=identifier, mm_position=PlaceholderRange(offset, length))
+
+
+def _adapter(directory: Path, weights: bytes = b"weights") -> Path:
+    directory.mkdir(parents=True)
+    (directory / "adapter_config.json").write_text("{}")
+    (directory / "adapter_model.safetensors").write_bytes(weights)
+    return directory
+
+
+def _lora(path: Path | str, number: int = 1, name: str = "adapter", **more: Any) -> Any:
+    from vllm.lora.request import LoRARequest
+
+    return LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(path), **more)
+
+
+def _settled(identity: RequestIdentity, *requests: Any) -> RequestIdentity:
+    """Lets the adapters of these requests be read, as their first requests do."""
+    for request in requests:
+        identity.extras(request)
+    assert identity.wait(30)
+    return identity
+
+
+def test_the_common_case_is_one_shared_constant() -> None:
+    identity = RequestIdentity()
+    assert identity.extras(make_request(TOKENS)) is NOTHING
+    assert identity.extras(make_request([1])) is NOTHING
+    assert _keys(make_request(TOKENS)) == _keys(make_request(TOKENS, "other", priority=3))
+
+
+def test_the_common_case_is_cheap() -> None:
+    extras, request = RequestIdentity().extras, make_request(TOKENS)
+    best = min(timeit.repeat(lambda: extras(request), number=2000, repeat=7)) / 2000
+    assert best < 1e-6
+
+
+def test_salts_do_not_share() -> None:
+    plain, a, b, empty = (_keys(make_request(TOKENS, cache_salt=salt)) for salt in (None, "a", "b", ""))
+    assert _keys(make_request(TOKENS, cache_salt="a")) == a
+    for one, other in ((plain, a), (a, b), (plain, b), (plain, empty)):
+        assert not set(one) & set(other)
+
+
+def test_an_item_counts_from_its_first_block_on() -> None:
+    plain = _keys(make_request(TOKENS))
+    with_item = _keys(make_request(TOKENS, mm_features=[_item("picture", BLOCK + 2)]))
+    assert with_item[0] == plain[0]
+    assert not set(with_item[1:]) & set(plain)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ([("picture", 2, 4)], [("drawing", 2, 4)]),
+        ([("picture", 2, 4)], [("picture", 3, 4)]),
+        ([("picture", 2, 4)], [("picture", 2, 5)]),
+        ([("picture", 2, 4)], [("picture", 2, 4), ("picture", 8, 4)]),
+        ([("a", 2, 4), ("b", 8, 4)], [("b", 2, 4), ("a", 8, 4)]),
+        ([("ab", 2, 4)], [("a", 2, 4), ("b", 2, 4)]),
+    ],
+)
+def test_items_differ(one: list[tuple[str, int, int]], other: list[tuple[str, int, int]]) -> None:
+    first, second = (_keys(make_request(TOKENS, mm_features=[_item(*item) for item in items])) for items in (one, other))
+    assert not set(first) & set(second)
+
+
+def test_an_item_over_several_blocks_marks_each() -> None:
+    """By the chain a later block differs anyway; this is about what the block itself says."""
+    extras = RequestIdentity().extras(make_request(TOKENS, mm_features=[_item("wide", 10, 30), _item("inside", 12, 2)]))
+    assert callable(extras)
+    spans = [extras(start, start + BLOCK) for start in range(0, 64, BLOCK)]
+    assert [bool(span) for span in spans] == [True, True, True, False]
+    assert spans[0] is not None
+    assert b"inside" in spans[0]
+    assert len(set(spans[:3])) == 3
+
+
+def test_an_item_without_identifier_has_no_keys() -> None:
+    identity = RequestIdentity()
+    request = make_request(TOKENS, mm_features=[_item("", 2)])
+    assert identity.extras(request) is UNIDENTIFIED
+    assert _keys(request, identity) == []
+    assert identity.unidentified["a multimodal item without identifier"] == 2
+
+
+def test_prompt_embeddings_are_hashed_block_by_block() -> None:
+    torch = pytest.importorskip("torch")
+    first = torch.arange(40 * 8, dtype=torch.float32).reshape(40, 8).to(torch.bfloat16)
+    second = first.clone()
+    second[35, 3] += 2
+    one, same, other = (_keys(make_request(None, prompt_embeds=embeds)) for embeds in (first, first.clone(), second))
+    assert one == same
+    assert len(one) == 2
+    assert one == other  # the change is in the block that is not full yet
+    longer = torch.cat([first, first])
+    changed = longer.clone()
+    changed[35, 3] += 2
+    one, other = (_keys(make_request(None, prompt_embeds=embeds)) for embeds in (longer, changed))
+    assert one[:2] == other[:2]
+    assert not set(one[2:]) & set(other[2:])
+    assert _keys(make_request(None, prompt_embeds=longer.to(torch.float32)))[0] != one[0]
+
+
+def test_embeddings_between_tokens() -> None:
+    torch = pytest.importorskip("torch")
+    embeds = torch.zeros(64, 8)
+    tokens, mask = list(TOKENS), [True] * 64
+    plain = _keys(make_request(tokens, prompt_embeds=embeds, prompt_is_token_ids=mask))
+    masked = _keys(make_request(tokens, prompt_embeds=embeds, prompt_is_token_ids=[*mask[:20], False, *mask[21:]]))
+    assert plain[0] == masked[0]
+    assert not set(plain[1:]) & set(masked[1:])
+
+
+def test_adapters_are_told_apart_by_their_files(tmp_path: Path) -> None:
+    a = make_request(TOKENS, lora_request=_lora(_adapter(tmp_path / "a"), 1))
+    b = make_request(TOKENS, lora_request=_lora(_adapter(tmp_path / "b", b"WEIGHTS"), 2))
+    copy_of_a = make_request(TOKENS, lora_request=_lora(_adapter(tmp_path / "c"), 3, "another name"))
+    other_format = make_request(TOKENS, lora_request=_lora(_adapter(tmp_path / "d"), 4, is_3d_lora_weight=True))
+    identity = _settled(RequestIdentity(), a, b, copy_of_a, other_format)
+    plain = _keys(make_request(TOKENS), identity)
+    assert len(_keys(a, identity)) == len(plain) == 4
+    assert _keys(a, identity) == _keys(copy_of_a, identity)
+    assert not set(_keys(a, identity)) & set(_keys(b, identity))
+    assert not set(_keys(a, identity)) & set(_keys(other_format, identity))
+    assert not set(_keys(a, identity)) & set(plain)
+
+
+def test_no_keys_before_the_adapter_is_read(tmp_path: Path) -> None:
+    request = make_request(TOKENS, lora_request=_lora(_adapter(tmp_path / "a")))
+    identity = RequestIdentity()
+    first = identity.extras(request)
+    assert first is UNIDENTIFIED or callable(first)
+    assert _settled(identity, request).extras(request) is not UNIDENTIFIED
+
+
+@pytest.mark.parametrize("change", ["in place", "path", "files", "removed", "no directory"])
+def test_doubt_about_an_adapter_is_for_good(tmp_path: Path, change: str) -> None:
+    directory = _adapter(tmp_path / "a")
+    request = make_request(TOKENS, lora_request=_lora(directory))
+    identity = _settled(RequestIdentity(), request)
+    alive = identity.extras(request)
+    assert callable(alive)
+    assert alive(0, BLOCK)
+    if change == "in place":
+        identity.extras(make_request(TOKENS, lora_request=_lora(directory, load_inplace=True)))
+    elif change == "path":
+        identity.extras(make_request(TOKENS, lora_request=_lora(_adapter(tmp_path / "b", b"else"))))
+    elif change == "files":
+        (directory / "adapter_model.safetensors").write_bytes(b"other weights")
+    elif change == "removed":
+        (directory / "adapter_model.safetensors").unlink()
+    else:
+        request = make_request(TOKENS, lora_request=_lora("some/repository", 9))
+        alive = identity.extras(request)
+        assert alive is UNIDENTIFIED
+    assert identity.extras(request) is UNIDENTIFIED
+    assert callable(alive)
+    assert alive(BLOCK, 2 * BLOCK) is None  # of the requests that are running too
+    assert _keys(request, identity) == []
+
+
+def test_fields_in_a_row_cannot_be_confused() -> None:
+    assert field(b"a", b"") + field(b"b", b"c") != field(b"a", b"b" + field(b"", b"c")[1:])
+    assert len({field(b"a", b"bc"), field(b"ab", b"c"), field(b"a", b"b") + b"c"}) == 3

@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from kvoffload.errors import LayoutError
+from kvoffload.layout import MAX_RUNS, BlockLayout, Run
+from tests.copy.rigs import layers_of, strided
+
+SIZES = {"L": 3, "B": 6, "H": 2, "N": 4, "C": 8}
+PAGE = 2 * 4 * 8
+
+
+def cache(order: str, padding: tuple[int, ...] = (0, 0, 0, 0, 0), itemsize: int = 1) -> dict[str, NDArray[Any]]:
+    return layers_of(strided(order, SIZES, padding, itemsize)[1])
+
+
+def layout_of(tensors: dict[str, Any], blocks: int = 6) -> BlockLayout:
+    return BlockLayout.from_tensors(tensors, blocks)
+
+
+def offsets(layout: BlockLayout, tensors: dict[str, NDArray[Any]]) -> list[int]:
+    start = next(iter(tensors.values())).ctypes.data
+    return [run.address - start for run in layout.runs]
+
+
+@pytest.mark.parametrize(
+    ("order", "expected", "stride", "size"),
+    [
+        ("LBHNC", [0, 6 * PAGE, 12 * PAGE], PAGE, PAGE),
+        ("LBNHC", [0, 6 * PAGE, 12 * PAGE], PAGE, PAGE),
+        ("BLHNC", [0], 3 * PAGE, 3 * PAGE),
+        ("BLNHC", [0], 3 * PAGE, 3 * PAGE),
+        ("LHBNC", [0, 6 * 32, 12 * 32, 18 * 32, 24 * 32, 30 * 32], 32, 32),
+        ("BHLNC", [0, 96, 32, 128, 64, 160], 3 * PAGE, 32),
+    ],
+)
+def test_the_layouts_of_vllm(order: str, expected: list[int], stride: int, size: int) -> None:
+    tensors = cache(order)
+    layout = layout_of(tensors)
+    assert offsets(layout, tensors) == expected
+    assert {(run.block_stride, run.size) for run in layout.runs} == {(stride, size)}
+    assert layout.payload_bytes == 3 * PAGE
+    assert layout.slot_bytes == 4096
+    assert layout.names == ("layers.0", "layers.1", "layers.2")
+
+
+def test_padded_pages_are_not_copied() -> None:
+    tensors = cache("LBHNC", (0, 16, 0, 0, 0), itemsize=2)
+    layout = layout_of(tensors)
+    assert [run.size for run in layout.runs] == [PAGE * 2] * 3
+    assert layout.runs[0].block_stride == (PAGE + 16) * 2
+
+
+def test_a_slice_of_a_larger_storage() -> None:
+    storage = np.zeros((6, 3, 4, 8), dtype=np.float32)
+    layout = layout_of({"key": storage[:, 1:, :, 2:6]})
+    assert len(layout.runs) == 2 * 4
+    assert layout.runs[0] == Run(storage.ctypes.data + (32 + 2) * 4, 3 * 32 * 4, 16)
+
+
+def test_the_slot_is_rounded_to_pages() -> None:
+    for size, slot_bytes in ((4032, 4096), (4033, 8192)):
+        assert layout_of({"layer": np.zeros((6, size), dtype=np.uint8)}).slot_bytes == slot_bytes
+
+
+def test_torch_tensors_of_any_type_equal_numpy() -> None:
+    storage = torch.zeros(2, 6, 4, 8, dtype=torch.bfloat16)
+    tensors = {"a": storage[0], "b": storage[1]}
+    layout = layout_of(tensors)
+    assert layout.runs == (Run(storage.data_ptr(), 64, 64), Run(storage.data_ptr() + 6 * 64, 64, 64))
+    assert layout.device == "cpu"
+    assert layout.keep == (tensors["a"], tensors["b"])
+    fp8 = torch.zeros(6, 16, dtype=torch.float8_e4m3fn)
+    assert layout_of({"a": fp8}).payload_bytes == 16
+
+
+def test_layers_that_share_a_tensor_are_copied_once() -> None:
+    first, second = np.zeros((6, 32), np.uint8), np.zeros((6, 32), np.uint8)
+    shared = layout_of({"a": first, "b": second, "c": first})
+    assert shared.payload_bytes == 64
+    assert shared.runs[0].address == first.ctypes.data
+    assert shared.names == ("a", "b", "c")
+    assert shared.digest() != layout_of({"a": first, "b": second, "c": second}).digest()
+
+
+def test_one_block_only_stride() -> None:
+    assert layout_of({"a": np.zeros((1, 32), np.uint8)}, blocks=1).payload_bytes == 32
+
+
+def test_the_digest_tells_what_a_slot_means_and_not_where_it_is() -> None:
+    base = layout_of(cache("LBHNC")).digest()
+    assert len(base) == 16
+    assert base == layout_of(cache("LBHNC")).digest()  # other memory
+    others = [
+        layout_of(cache("LBNHC")),
+        layout_of(cache("LBHNC", (0, 8, 0, 0, 0))),
+        layout_of(cache("LBHNC", itemsize=2)),
+        layout_of({name.replace("layers", "model"): tensor for name, tensor in cache("LBHNC").items()}),
+        layout_of(dict(reversed(cache("LBHNC").items()))),
+        layout_of({name: tensor.view(np.int8) for name, tensor in cache("LBHNC").items()}),
+    ]
+    digests = {layout.digest() for layout in others}
+    assert len(digests) == len(others)
+    assert base not in digests
+
+
+class OnMeta:
+    """A tensor of a device that nobody knows."""
+
+    shape = (6, 8)
+    dtype = "uint8"
+    device = "npu:0"
+
+    def stride(self) -> tuple[int, ...]:
+        return (8, 1)
+
+    def element_size(self) -> int:
+        return 1
+
+    def data_ptr(self) -> int:
+        return 4096
+
+
+class OnCuda(OnMeta):
+    device = "cuda:0"
+
+
+def plain() -> NDArray[np.uint8]:
+    return np.zeros((6, 8), np.uint8)
+
+
+BASE = np.zeros(4096, np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "reason"),
+    [
+        ({}, "no KV tensors"),
+        ({"a": np.zeros((2, 6, 8), np.uint8)}, "does not have the 6 blocks as dimension 0"),
+        ({"a": plain(), "b": np.zeros((5, 8), np.uint8)}, "layer b: shape"),
+        ({"a": np.zeros((), np.uint8)}, "does not have the 6 blocks"),
+        ({"a": np.zeros((6, 0), np.uint8)}, "holds nothing"),
+        ({"a": [plain(), plain()]}, "one tensor is expected"),
+        ({"a": OnMeta()}, "device 'npu:0'"),
+        ({"a": plain(), "b": OnCuda()}, "on several devices: cpu, cuda:0"),
+        ({"a": np.lib.stride_tricks.as_strided(BASE, (6, 8), (0, 1))}, "overlap"),
+        ({"a": np.lib.stride_tricks.as_strided(BASE, (6, 8), (4, 1))}, "overlap"),
+        ({"a": np.lib.stride_tricks.as_strided(BASE, (6, 8, 2), (16, 1, 1))}, "overlap"),
+        ({"a": plain()[::-1]}, "overlap or run backwards"),
+        ({"a": np.lib.stride_tricks.as_strided(BASE.view(np.uint16), (6, 4), (9, 2))}, "no multiples"),
+        ({"a": BASE[:48].reshape(6, 8), "b": BASE[40:88].reshape(6, 8)}, "over each other"),
+        ({"a": BASE[:96].reshape(6, 16)[:, :9], "b": BASE[:96].reshape(6, 16)[:, 8:]}, "over each other"),
+        ({"a": BASE[:96].reshape(6, 16)[:, :8], "b": BASE[8:80].reshape(6, 12)[:, :4]}, "over each other"),
+        ({"a": np.zeros((6, MAX_RUNS + 1, 2), np.uint8)[:, :, :1]}, "pieces"),
+        ({f"{n}": np.zeros((6, MAX_RUNS // 2, 2), np.uint8)[:, :, :1] for n in range(3)}, "fragmented"),
+    ],
+)
+def test_what_is_not_understood_is_refused(tensors: dict[str, Any], reason: str) -> None:
+    with pytest.raises(LayoutError, match=reason):
+        layout_of(tensors)
+
+
+def test_interleaved_layers_do_not_overlap() -> None:
+    storage = BASE[:96].reshape(6, 16)
+    layout = layout_of({"b": storage[:, 8:], "a": storage[:, :8]})
+    assert [run.size for run in layout.runs] == [8, 8]

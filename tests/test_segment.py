@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kvoffload.errors import CapacityError, MisuseError, PeerError
+from kvoffload.segment import Populator, Segment
+
+MIB = 1 << 20
+WAIT_S = 20.0
+
+
+@pytest.fixture
+def segment() -> Iterator[Segment]:
+    made = Segment.create(4 * MIB + 100, 8192)
+    yield made
+    made.close()
+
+
+def resident_bytes(segment: Segment) -> int:
+    """What the memfd really occupies."""
+    return os.fstat(segment.fd).st_blocks * 512
+
+
+def test_as_many_slots_as_fit(segment: Segment) -> None:
+    assert segment.slots == 512
+    assert len(segment.array) == 4 * MIB
+    assert segment.address == segment.array.ctypes.data
+    assert segment.address % 4096 == 0
+    segment.slot(3)[:] = 7
+    assert segment.array[3 * 8192 - 1] == 0
+    assert segment.array[3 * 8192 : 4 * 8192].min() == 7
+    assert segment.array[4 * 8192] == 0
+    for wrong in (-1, 512):
+        with pytest.raises(MisuseError):
+            segment.slot(wrong)
+
+
+def test_no_room_for_one_slot() -> None:
+    with pytest.raises(CapacityError, match="hold no slot"):
+        Segment.create(4096, 8192)
+
+
+def test_populating_takes_memory_step_by_step(segment: Segment) -> None:
+    assert resident_bytes(segment) == 0
+    assert segment.populated_slots == 0
+    assert segment.populate_next(MIB) == 128
+    assert resident_bytes(segment) == MIB
+    assert segment.populate_next(1) == 128  # rounded up to a page, which is half a slot
+    assert segment.populate_next(MIB) == 256
+    while segment.populate_next(MIB) < segment.slots:
+        pass
+    assert resident_bytes(segment) == 4 * MIB
+    assert segment.populate_next(MIB) == 512
+
+
+def test_slots_that_are_no_whole_pages() -> None:
+    segment = Segment.create(100_000, 3000)
+    grown = [segment.populate_next(4096)]
+    while grown[-1] < segment.slots:
+        grown.append(segment.populate_next(4096))
+    assert grown[0] == 1
+    assert grown == sorted(grown)
+    assert grown[-1] == 33
+    segment.close()
+
+
+class OldKernel(Segment):
+    """Where madvise knows no MADV_POPULATE_WRITE."""
+
+    calls = 0
+
+    def _advise_populate(self, address: int, num_bytes: int) -> int:
+        self.calls += 1
+        return errno.EINVAL
+
+
+def test_old_kernels_populate_by_writing() -> None:
+    segment = OldKernel.create(4 * MIB, 8192)
+    assert segment.populate_next(MIB) == 128
+    assert segment.populate_next(MIB) == 256
+    assert resident_bytes(segment) == 2 * MIB
+    assert segment.calls == 1  # asked once
+    assert not segment.array[: 2 * MIB].any()
+
+
+class FullMachine(Segment):
+    """Memory for three steps."""
+
+    left = 3
+
+    def _advise_populate(self, address: int, num_bytes: int) -> int:
+        if not self.left:
+            return errno.ENOMEM
+        self.left -= 1
+        return super()._advise_populate(address, num_bytes)
+
+
+class Interrupted(Segment):
+    """A signal comes in every other call."""
+
+    is_interrupted = False
+
+    def _advise_populate(self, address: int, num_bytes: int) -> int:
+        self.is_interrupted = not self.is_interrupted
+        return errno.EINTR if self.is_interrupted else super()._advise_populate(address, num_bytes)
+
+
+def test_signals_do_not_matter() -> None:
+    segment = Interrupted.create(4 * MIB, 8192)
+    assert segment.populate_next(MIB) == 128
+    assert resident_bytes(segment) == MIB
+
+
+def test_out_of_memory_keeps_what_there_is() -> None:
+    segment = FullMachine.create(4 * MIB, 8192)
+    segment.populate_next(MIB)
+    segment.populate_next(MIB)
+    segment.populate_next(MIB)
+    for _ in range(2):
+        with pytest.raises(CapacityError, match="no memory for bytes 3145728"):
+            segment.populate_next(MIB)
+    assert segment.populated_slots == 384
+
+
+def test_populating_lets_other_threads_run() -> None:
+    # With the interpreter lock held for all of the call, the other thread could not count between its two ends.
+    segment = Segment.create(256 * MIB, 4096)
+    count, inside, stop = 0, threading.Event(), threading.Event()
+
+    def spin() -> None:
+        nonlocal count
+        inside.set()
+        while not stop.is_set():
+            count += 1
+
+    thread = threading.Thread(target=spin)
+    thread.start()
+    inside.wait(WAIT_S)
+    before = count
+    segment.populate_next(256 * MIB)
+    during = count - before
+    stop.set()
+    thread.join(WAIT_S)
+    segment.close()
+    assert during > 1000
+
+
+def test_both_processes_see_the_same_bytes(segment: Segment) -> None:
+    other = Segment.attach(os.dup(segment.fd), segment.slots, segment.slot_bytes)
+    segment.slot(5)[:4] = [1, 2, 3, 4]
+    assert other.slot(5)[:4].tolist() == [1, 2, 3, 4]
+    assert other.populated_slots == other.slots
+    other.close()
+    assert segment.slot(5)[3] == 4
+
+
+def test_attach_refuses_what_could_kill_the_process(segment: Segment) -> None:
+    with pytest.raises(PeerError, match="were announced"):
+        Segment.attach(segment.fd, segment.slots + 1, segment.slot_bytes)
+    unsealed = os.memfd_create("unsealed")
+    os.ftruncate(unsealed, MIB)
+    with pytest.raises(PeerError, match="not sealed"):
+        Segment.attach(unsealed, 1, 8192)
+    os.close(unsealed)
+
+
+def test_bytes_in_use_outlive_close() -> None:
+    segment = Segment.create(MIB, 4096)
+    slot = segment.slot(1)
+    slot[:] = 9
+    segment.close()
+    segment.close()
+    assert slot.sum() == 9 * 4096
+    with pytest.raises(MisuseError, match="closed"):
+        segment.populate_next()
+
+
+def test_not_in_core_dumps_and_not_in_children(segment: Segment) -> None:
+    first = f"{segment.address:x}-"
+    flags = ""
+    found = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if line.startswith(first):
+            found = True
+        elif found and line.startswith("VmFlags:"):
+            flags = line
+            break
+    assert {"dd", "dc"} <= set(flags.split())
+
+
+def test_the_populator_reports_growth_until_all_is_there(segment: Segment) -> None:
+    grown: list[int] = []
+    populator = Populator(segment, grown.append, step_bytes=MIB)
+    populator.start()
+    assert populator.wait(WAIT_S)
+    assert grown == [128, 256, 384, 512]
+    assert populator.error is None
+    assert populator.close()
+
+
+def test_the_populator_stops_when_closed(segment: Segment) -> None:
+    reached, go_on = threading.Event(), threading.Event()
+
+    def on_grown(slots: int) -> None:
+        reached.set()
+        go_on.wait(WAIT_S)
+
+    populator = Populator(segment, on_grown, step_bytes=MIB)
+    populator.start()
+    assert reached.wait(WAIT_S)
+    assert not populator.close(timeout_s=0)  # the step is still under way
+    go_on.set()
+    assert populator.close(WAIT_S)
+    assert segment.populated_slots == 128
+
+
+def test_the_populator_can_be_closed_unstarted(segment: Segment) -> None:
+    assert Populator(segment, lambda slots: None).close()
+
+
+def test_the_populator_stays_at_what_memory_allows() -> None:
+    segment = FullMachine.create(4 * MIB, 8192)
+    grown: list[int] = []
+    populator = Populator(segment, grown.append, step_bytes=MIB)
+    populator.start()
+    assert populator.wait(WAIT_S)
+    assert grown == [128, 256, 384]
+    assert isinstance(populator.error, CapacityError)
+
+
+def test_the_populator_stops_before_the_limit_of_a_control_group(segment: Segment) -> None:
+    left = [3 * MIB, 2 * MIB, MIB - 1]
+    grown: list[int] = []
+    populator = Populator(segment, grown.append, headroom=lambda: left.pop(0), step_bytes=MIB)
+    populator.start()
+    assert populator.wait(WAIT_S)
+    assert grown == [128, 256]
+    assert "1048575 bytes" in str(populator.error)
+
+
+def test_a_failing_callback_ends_only_the_populator(segment: Segment) -> None:
+    def on_grown(slots: int) -> None:
+        raise LookupError("gone")
+
+    populator = Populator(segment, on_grown, step_bytes=MIB)
+    populator.start()
+    assert populator.wait(WAIT_S)
+    assert isinstance(populator.error, LookupError)
+
+
+def test_populated_memory_is_zero_and_writable(segment: Segment) -> None:
+    segment.populate_next(MIB)
+    assert not segment.array[:MIB].any()
+    segment.array[:MIB] = np.arange(MIB, dtype=np.uint8)
+    assert segment.array[MIB - 1] == 255
