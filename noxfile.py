@@ -31,10 +31,11 @@ def environment(session: nox.Session) -> str:
     stamp = ENV / "installed"
     if not stamp.exists() or stamp.read_text() != VLLM:
         session.run(sys.executable, "-m", "venv", "--clear", str(ENV), external=True)
+        wanted = ("install", "--no-compile", VLLM)  # compiling all of it takes longer than the little that is used will
         try:
-            pip(session, python, "install", VLLM)
+            pip(session, python, *wanted)
         except CommandFailed:
-            pip(session, python, "install", VLLM, "--extra-index-url", TORCH_INDEX)
+            pip(session, python, *wanted, "--extra-index-url", TORCH_INDEX)
         pip(session, python, "uninstall", "--yes", *UNUSED)
         stamp.write_text(VLLM)
     pip(session, python, "install", "--quiet", "--editable", ".[dev,profiling]")

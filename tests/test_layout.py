@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from tests.copy.rigs import layers_of, strided
 
 from kvoffload.errors import LayoutError
 from kvoffload.layout import MAX_RUNS, BlockLayout, Run
-from tests.copy.rigs import layers_of, strided
 
 SIZES = {"L": 3, "B": 6, "H": 2, "N": 4, "C": 8}
 PAGE = 2 * 4 * 8

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         PeerError,
         UnsupportedError,
     )
-    from kvoffload.standalone import open_runtime
+    from kvoffload.standalone import Hit, Runtime, Saved, open_runtime
 
 __version__ = "0.1.0"
 
@@ -30,25 +30,29 @@ __all__ = [
     "Config",
     "ConfigError",
     "CopyError",
+    "Hit",
     "InternalError",
     "KVOffloadError",
     "LayoutError",
     "MisuseError",
     "PeerError",
+    "Runtime",
+    "Saved",
     "UnsupportedError",
     "__version__",
     "open_runtime",
 ]
 
-_HOMES = {"Config": "kvoffload.config", "open_runtime": "kvoffload.standalone"}
+_HOMES = {"Config": "kvoffload.config"} | dict.fromkeys(("Hit", "Runtime", "Saved", "open_runtime"), "kvoffload.standalone")
 
+if not TYPE_CHECKING:  # which is to find misspelt names
 
-def __getattr__(name: str) -> object:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value: object = getattr(import_module(_HOMES.get(name, "kvoffload.errors")), name)
-    globals()[name] = value
-    return value
+    def __getattr__(name: str) -> object:
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(_HOMES.get(name, "kvoffload.errors")), name)
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -80,7 +80,8 @@ class KeyChain:
         have = len(self.keys)
         available = len(tokens)
         if available < (have + 1) * size:
-            self.recut(available)
+            if available < have * size or self._stopped:
+                self.recut(available)
             return
         full = (available if num_tokens is None else min(available, num_tokens)) // size
         stride = max(1, _TOKENS_AT_ONCE // size)

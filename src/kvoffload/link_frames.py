@@ -1,14 +1,15 @@
 """The bytes on the link: typed, bounded frames; nothing here does I/O, and nothing but `PeerError` comes out of bytes from a peer.
 
-A frame is ``length: uint32 little-endian | tag: uint8 | payload``; length counts tag and payload and is at most `MAX_FRAME_BYTES`. The
-payload is a msgpack array of the message's fields, in order, decoded strictly by their types. A message longer than a frame travels as
-frames with the tag `MORE`, each a piece of the payload, and then its own; at most `MAX_MESSAGE_BYTES` in all. A grant takes at most 20
-bytes per block, so 500 blocks are 10 KB, a frame holds some 52,000 and a message 16 times as many.
+A frame is ``length: uint32 little-endian | tag: uint8 | payload``; length counts tag and payload, at most `MAX_FRAME_BYTES`. The
+payload is a msgpack array of the message's fields, in order, decoded strictly by their types. A message longer than a frame
+travels as frames with the tag `MORE`, each a piece of the payload, and then one with its own; at most `MAX_MESSAGE_BYTES` in all.
+A grant takes at most 19 bytes per block: 500 blocks are 10 KB, a frame holds some 55,000 and a message 16 times as many.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from types import GenericAlias
 from typing import Any, get_type_hints
 
 import msgspec
@@ -64,7 +65,8 @@ class Welcome:
     num_blocks: int
 
 
-_TAGS: dict[type, int] = {**{kind: tag for tag, kind in enumerate(LINK_MESSAGES)}, Knock: 250, Hello: 251, Welcome: 252, Goodbye: 254, Beat: 255}
+_TAGS: dict[type, int] = {kind: tag for tag, kind in enumerate(LINK_MESSAGES)}
+_TAGS |= {Knock: 250, Hello: 251, Welcome: 252, Goodbye: 254, Beat: 255}
 
 
 class _Codec:
@@ -75,11 +77,14 @@ class _Codec:
         self.names = tuple(field.name for field in fields(kind))
         hints = get_type_hints(kind)
         # A tuple and not the dataclass: shorter, and msgspec would skip fields it does not know.
-        shape: Any = tuple[tuple(hints[name] for name in self.names)] if self.names else tuple[()]
+        shape: Any = GenericAlias(tuple, tuple(hints[name] for name in self.names))
         self.decoder: msgspec.msgpack.Decoder[tuple[Any, ...]] = msgspec.msgpack.Decoder(shape)
 
     def encode(self, message: object) -> bytes:
-        return msgspec.msgpack.encode([getattr(message, name) for name in self.names])
+        try:
+            return msgspec.msgpack.encode([getattr(message, name) for name in self.names])
+        except (TypeError, OverflowError) as error:
+            raise MisuseError(f"a {self.kind.__name__} holds what cannot cross the link: {error}") from error
 
     def decode(self, payload: bytes | bytearray | memoryview) -> object:
         try:
@@ -92,7 +97,7 @@ _CODECS = {tag: _Codec(kind) for kind, tag in _TAGS.items()}
 
 
 def encode(message: object) -> bytes:
-    """The frame or frames of a message. Raises `MisuseError` for one of another kind, or longer than `MAX_MESSAGE_BYTES`."""
+    """The frame or frames of a message. Raises `MisuseError` for another kind or value, or one longer than `MAX_MESSAGE_BYTES`."""
     tag = _TAGS.get(type(message))
     if tag is None:
         raise MisuseError(f"a {type(message).__name__} does not cross the link: see LINK_MESSAGES")
@@ -101,7 +106,8 @@ def encode(message: object) -> bytes:
     if len(payload) <= room:
         return _frame(tag, payload)
     if len(payload) > MAX_MESSAGE_BYTES:
-        raise MisuseError(f"a {type(message).__name__} of {len(payload)} bytes is too long for the link ({MAX_MESSAGE_BYTES}): use several")
+        name = type(message).__name__
+        raise MisuseError(f"a {name} of {len(payload)} bytes is too long for the link ({MAX_MESSAGE_BYTES}): send several")
     pieces = [payload[at : at + room] for at in range(0, len(payload), room)]
     return b"".join([*(_frame(MORE, piece) for piece in pieces[:-1]), _frame(tag, pieces[-1])])
 

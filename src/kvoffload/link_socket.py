@@ -17,12 +17,15 @@ import socket
 import struct
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from threading import Lock
 
 import anyio
+from anyio.lowlevel import checkpoint
 
 from kvoffload.errors import PeerError, UnsupportedError
-from kvoffload.link_frames import HEADER_BYTES, MAX_FRAME_BYTES, Goodbye, Knock, decode, encode, frame_bytes
+from kvoffload.link_frames import HEADER_BYTES, Goodbye, Knock, decode, encode, frame_bytes
 from kvoffload.observe.logs import get_logger
 
 log = get_logger("link")
@@ -44,7 +47,7 @@ class LinkAddress:
 
 
 class RawConnection:
-    """A connected stream socket, non-blocking, that it owns. Every method that does I/O raises `PeerError` when the peer is gone."""
+    """A connected stream socket, non-blocking, which it owns. What does I/O raises `PeerError` when the peer is gone."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -83,7 +86,7 @@ class RawConnection:
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", descriptors))] if descriptors else []
         while view:
             try:
-                # MSG_NOSIGNAL is Python's default, in that it ignores SIGPIPE; a host program need not.
+                # Python ignores SIGPIPE, but the host program may have changed that.
                 sent = self._socket.sendmsg([view], rights, socket.MSG_NOSIGNAL)
             except BlockingIOError:
                 await anyio.wait_writable(self._socket)
@@ -91,7 +94,7 @@ class RawConnection:
             except OSError as error:
                 raise _lost(error) from error
             view, rights = view[sent:], []
-        await anyio.lowlevel.checkpoint()
+        await checkpoint()
 
     def send_nowait(self, data: bytes) -> bool:
         """For last words: True if all of it went into the socket's buffer at once."""
@@ -101,7 +104,7 @@ class RawConnection:
             return False
 
     async def receive_message(self, descriptors: int = 0) -> tuple[object, list[int]]:
-        """One message of the handshake, and exactly so many descriptors, close-on-exec and the caller's to close. Reads no byte more."""
+        """One message of the handshake, not a byte more, and exactly so many descriptors: close-on-exec, and the caller's."""
         received: list[int] = []
         try:
             header = await self._receive_exactly(HEADER_BYTES, received)
@@ -157,11 +160,21 @@ class Listener:
         self.address = address
         self._socket = sock
         self._directory = directory
+        self._lock = Lock()
+        self._is_open = True
+        self._is_accepting = False
         atexit.register(self._remove)
 
     def close(self) -> None:
-        """Stop listening and remove socket and directory, at once. Idempotent."""
-        self._socket.close()
+        """Stop listening and remove socket and directory, at once. Idempotent, from any thread: a waiting `accept` ends."""
+        with self._lock:
+            if self._is_open:
+                self._is_open = False
+                # One that waits must be the one that closes: the number of a closed descriptor is soon somebody else's.
+                with suppress(OSError):
+                    self._socket.shutdown(socket.SHUT_RDWR)
+            if not self._is_accepting:
+                self._socket.close()
         self._remove()
         atexit.unregister(self._remove)
 
@@ -170,11 +183,15 @@ class Listener:
         if os.getpid() == self.address.pid:
             shutil.rmtree(self._directory, ignore_errors=True)
 
-    async def accept(self, timeout_s: float) -> RawConnection:
-        """The first peer of this user that knows the token; others are turned away. The listener is closed then, and on every error.
+    async def accept(self, timeout_s: float | None) -> RawConnection:
+        """The first peer of this user that knows the token; others are turned away. Then, and on every error, the listener closes.
 
-        Raises `PeerError` when nobody came in time.
+        Raises `PeerError` when nobody came in time (None: wait for ever), and when it is closed.
         """
+        with self._lock:
+            if not self._is_open:
+                raise PeerError("nobody can connect any more: the listener is closed")
+            self._is_accepting = True
         try:
             with anyio.fail_after(timeout_s):
                 while True:
@@ -184,6 +201,8 @@ class Listener:
         except TimeoutError as error:
             raise PeerError(f"the hub did not connect to {self.address.path} within {timeout_s} s") from error
         finally:
+            with self._lock:
+                self._is_accepting = False
             self.close()
 
     async def _accept(self) -> RawConnection:
@@ -193,6 +212,8 @@ class Listener:
                 return RawConnection(self._socket.accept()[0])
             except (BlockingIOError, ConnectionAbortedError):
                 continue
+            except OSError as error:
+                raise PeerError(f"nobody can connect any more, the listener was closed: {error}") from error
 
     async def _knows_token(self, connection: RawConnection) -> bool:
         try:
@@ -202,7 +223,9 @@ class Listener:
             if not isinstance(knock, Knock) or not hmac.compare_digest(knock.token, self.address.token):
                 raise PeerError("it does not know the token")
             if knock.version != LINK_VERSION:
-                connection.send_nowait(encode(Goodbye(f"this worker speaks version {LINK_VERSION} of the link, not {knock.version}")))
+                connection.send_nowait(
+                    encode(Goodbye(f"this worker speaks version {LINK_VERSION} of the link, not {knock.version}"))
+                )
                 raise PeerError(f"it speaks version {knock.version} of the link, and this process version {LINK_VERSION}")
         except (PeerError, TimeoutError) as error:
             connection.close()
@@ -222,7 +245,7 @@ def listen(directory: str | None = None) -> Listener:
     try:
         own = tempfile.mkdtemp(prefix="kvoffload-", dir=directory)  # mode 0700
     except OSError as error:
-        raise UnsupportedError(f"no directory for the link's socket can be made in {directory or tempfile.gettempdir()}: {error}") from error
+        raise UnsupportedError(f"no directory for the link's socket in {directory or tempfile.gettempdir()}: {error}") from error
     path = os.path.join(own, secrets.token_hex(8))
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)  # close-on-exec, as all of Python's
     try:
@@ -279,16 +302,3 @@ def check_user(connection: RawConnection, uid: int | None = None) -> None:
 
 def _lost(error: OSError) -> PeerError:
     return PeerError(f"the connection to the peer broke: {error}")
-
-
-__all__ = [
-    "LINK_VERSION",
-    "MAX_FRAME_BYTES",
-    "LinkAddress",
-    "Listener",
-    "RawConnection",
-    "check_user",
-    "close_descriptors",
-    "connect",
-    "listen",
-]

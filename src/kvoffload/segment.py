@@ -11,11 +11,11 @@ from collections.abc import Callable
 from typing import Self
 
 import numpy as np
-import structlog
 from numpy.typing import NDArray
 
 from kvoffload.errors import CapacityError, MisuseError
 from kvoffload.memfd import check_memfd, close_fd, create_memfd, map_memfd, unmap
+from kvoffload.observe.logs import get_logger
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14, include/uapi/asm-generic/mman-common.h; not in Python's mmap module
 STEP_BYTES = 16 << 20
@@ -163,7 +163,7 @@ class Populator:
 
     def _run(self) -> None:
         _be_nice()
-        log = structlog.get_logger("kvoffload.populate")
+        log = get_logger("populate")
         try:
             grown = self._segment.populated_slots
             while grown < self._segment.slots and not self._stop.is_set():
@@ -192,4 +192,4 @@ def _be_nice() -> None:
     try:
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
     except OSError as error:
-        structlog.get_logger("kvoffload.populate").debug("priority not lowered", reason=str(error))
+        get_logger("populate").debug("priority not lowered", reason=str(error))

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.copy.rigs import WAIT_S, Rig, ids, layers_of, strided
 
 import kvoffload
 from kvoffload.copy.host import HostCopyEngine
@@ -19,7 +20,6 @@ from kvoffload.errors import CopyError, LayoutError
 from kvoffload.layout import HEADER_BYTES, BlockLayout
 from kvoffload.ledger import Ledger
 from kvoffload.segment import Segment
-from tests.copy.rigs import WAIT_S, Rig, ids, layers_of, strided
 
 
 @pytest.fixture
@@ -55,7 +55,7 @@ def test_any_strided_layout(
     assert (rig.segment.slot(1)[HEADER_BYTES + rig.layout.payload_bytes :] == 0x5A).all()
 
     rig.engine.load(ids(1), ids(target), None)
-    # The same as `expected_view[:, target] = expected_view[:, source]`, and no other byte of the memory, padding and guards included.
+    # The same as this assignment, and no other byte of the memory, padding and guards included.
     start = (view.ctypes.data - memory.ctypes.data) // itemsize
     expected_view = np.lib.stride_tricks.as_strided(expected[start:], view.shape, view.strides)
     expected_view[:, target] = expected_view[:, source].copy()
@@ -195,23 +195,27 @@ def test_the_interpreter_lock_is_released_while_copying() -> None:
 
 
 def test_a_bump_during_the_copy_is_seen() -> None:
-    # The first block is read at once and its epoch compared right then; the last one is read some 100 ms later.
-    caches = {"a": np.ones((9, 64 << 20), np.uint8)[:, : 16 << 20]}
-    rig = Rig.on(caches, 9, 8)
-    flags: list[bool] = []
-    last = rig.segment.slot(7)
-    rig.segment.array[:: 4096] = 0  # populate, so that the copy and not page faults takes the time
+    # Block 0 is read at once and its epoch compared right then; block 7 is read some 10 ms later.
+    rig = Rig.on({"a": np.ones((9, 16 << 20), np.uint8)}, 9, 8)
     eight = ids(*range(8))
-    saver = threading.Thread(target=lambda: flags.extend(rig.engine.save(eight, eight, ids(*[0] * 8), None).tolist()))
-    first = rig.segment.slot(1)
-    saver.start()
-    while saver.is_alive() and not first[64]:  # block 0 is done when block 1 arrives
-        pass
-    in_time = not last[64]
-    rig.ledger.bump([0, 7])
-    saver.join(WAIT_S)
+    first, last = rig.segment.slot(1), rig.segment.slot(7)
+    flags: list[bool] = []
+    is_in_time = False
+    for _ in range(30):  # on a busy machine the bump may come too late to tell: try again
+        rig.segment.array[::4096] = first[64] = last[64] = 0
+        flags.clear()
+        planned = np.array(rig.ledger.epochs(range(8)), dtype=np.int64)
+        saver = threading.Thread(target=lambda: flags.extend(rig.engine.save(eight, eight, planned, None).tolist()))
+        saver.start()
+        while saver.is_alive() and not first[64]:  # block 0 is done when block 1 arrives
+            pass
+        rig.ledger.bump([0, 7])
+        is_in_time = not last[64]
+        saver.join(WAIT_S)
+        if is_in_time:
+            break
     rig.close()
-    assert in_time, "the machine was too busy for this test"
+    assert is_in_time
     assert flags[0]
     assert not flags[7]
 
@@ -234,16 +238,23 @@ def test_without_a_writable_cache_it_still_compiles(tmp_path: Path) -> None:
     # Where numba may want to write there is a file, or /proc: root cannot make a directory there either.
     shutil.copytree(SOURCES, tmp_path / "kvoffload", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "kvoffload" / "copy" / "__pycache__").write_text("no directory")
-    code = "from kvoffload.copy.native import compile_kernels; print(compile_kernels().save.nopython_signatures[0].return_type)"
+    code = """
+from kvoffload.copy.native import compile_kernels
+from kvoffload.observe.logs import configure
+configure("info")
+print(compile_kernels().save.nopython_signatures[0].return_type)
+"""
     nowhere = {"NUMBA_CACHE_DIR": "/proc/nothing", "HOME": "/proc/nothing", "XDG_CACHE_HOME": "/proc/nothing"}
     done = python(code, tmp_path, PYTHONDONTWRITEBYTECODE="1", **nowhere)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "int64"
-    assert "compiling without numba's cache" in done.stdout
+    assert "compiling without numba's cache" in done.stderr
 
 
 def test_without_native_code_it_is_refused() -> None:
-    code = "from kvoffload.copy.native import compile_kernels\ntry: compile_kernels()\nexcept Exception as error: print(repr(error))"
+    code = (
+        "from kvoffload.copy.native import compile_kernels\ntry: compile_kernels()\nexcept Exception as error: print(repr(error))"
+    )
     assert "UnsupportedError('NUMBA_DISABLE_JIT" in python(code, NUMBA_DISABLE_JIT="1").stdout
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from tests.copy.rigs import Rig, layers_of, strided
 
 from kvoffload.copy.host import HostCopyEngine
 from kvoffload.copy.proof import prove
@@ -14,7 +15,6 @@ from kvoffload.layout import BlockLayout, Run
 from kvoffload.ledger import Ledger
 from kvoffload.segment import Segment
 from kvoffload.testing.copy_faults import FaultyCopyEngine
-from tests.copy.rigs import Rig, layers_of, strided
 
 
 @pytest.fixture

@@ -98,6 +98,7 @@ async def test_l1_that_is_too_small_churns_and_stays_right(tensors: dict[str, ND
                     hits += 1
                     await runtime.load(hit, range(56, 56 + hit.blocks))
                     assert np.array_equal(pages(tensors, list(range(56, 56 + hit.blocks))), expected[:, : hit.blocks])
+        await runtime.flush()
         statistics = runtime.statistics()
         assert hits > 20
         assert statistics.evictions > 100

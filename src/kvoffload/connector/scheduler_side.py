@@ -109,10 +109,9 @@ class SchedulerSide:
         if record is None:
             return 0, False
         record.local_tokens = num_computed_tokens
+        self._notice_preemption(record)
         if not record.may_load or self.off_reason is not None:
             return 0, False
-        if record.refresh():
-            self.matcher.restart(record)
         tokens = self.matcher.answer(record, num_computed_tokens, engine_is_idle=not self._live)
         return tokens, bool(tokens)
 
@@ -191,13 +190,18 @@ class SchedulerSide:
         self._step += 1
         self._pump()
         for request_id in output.preempted_req_ids or ():
-            self._live.discard(request_id)
             record = self.records.get(request_id)
-            if record is not None and record.refresh():
-                self.matcher.restart(record)
+            if record is not None:
+                self._notice_preemption(record)
         self._bump(output)
         saves = self.saver.plan(output, self.records) if self.off_reason is None else ()
         return StepMetadata(saves, self.take_planned(), not output.total_num_scheduled_tokens)
+
+    def _notice_preemption(self, record: RequestRecord) -> None:
+        """Once per preemption: after a reset vLLM admits a request again before it says that it was preempted."""
+        if record.refresh():
+            self._live.discard(record.request_id)
+            self.matcher.restart(record)
 
     def take_planned(self) -> tuple[PlannedLoad, ...]:
         """The loads that were promised since the last step."""

@@ -8,8 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvoffload.ledger import Ledger
-
-from kvoffload.ledger import Ledger
 from kvoffload.segment import Segment
 
 Ids = NDArray[np.int64]

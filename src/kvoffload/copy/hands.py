@@ -18,7 +18,6 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
-import structlog
 from numpy.typing import NDArray
 
 from kvoffload.copy.engine import CopyEngine
@@ -34,6 +33,7 @@ from kvoffload.messages import (
     SaveBlocks,
     SlotGrant,
 )
+from kvoffload.observe.logs import get_logger
 
 __all__ = ["CopyFact", "CopyHands", "HandsConfig", "HandsCrashed", "HandsStatistics", "LoadJob", "LoadState"]
 
@@ -60,7 +60,7 @@ class CopyHands:
         self._report = report
         self._config = config
         self._clock = clock
-        self._log = structlog.get_logger("kvoffload.copy")
+        self._log = get_logger("copy")
         lock = threading.Lock()
         self._lock = lock
         self._load_ready, self._save_ready, self._told = (
@@ -330,7 +330,7 @@ class CopyHands:
             if self.crashed is not None:
                 return
             self.crashed = error
-        self._log.error("a copy thread crashed: kvoffload stops", exc_info=error)
+        self._log.error("copying crashed: kvoffload stops", rank=self._config.rank, exc_info=error)
         self.stop_saving()
         self.withdraw_all_unstarted()
         self._call(self._report, HandsCrashed(error))
@@ -340,7 +340,6 @@ class CopyHands:
         try:
             port(fact)
         except Exception as error:
-            self._log.exception("a report of a copy was not taken", fact=repr(fact))
             self._crash(error)
 
 

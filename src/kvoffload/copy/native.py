@@ -13,13 +13,13 @@ from typing import Any
 
 import numba
 import numpy as np
-import structlog
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 
 from kvoffload.errors import UnsupportedError
+from kvoffload.observe.logs import get_logger
 
 OK, BLOCK_RANGE, SLOT_RANGE, DUPLICATE = range(4)
 """What a kernel answers; anything but OK means that nothing was touched."""
@@ -163,6 +163,6 @@ def _compile(function: Callable[..., Any], signature: Any, *, cached: bool = Tru
         if not cached:
             raise UnsupportedError(f"numba cannot compile the copy loops: {error}") from error
         # No writable cache directory, a full disk, or a broken cache file: numba has an error of its own for each.
-        structlog.get_logger("kvoffload.copy").info("compiling without numba's cache", reason=str(error))
+        get_logger("copy").info("compiling without numba's cache", reason=str(error))
         return _compile(function, signature, cached=False)
     return compiled

@@ -93,6 +93,11 @@ class L1Core:
         """Whether new work is refused: a rank was lost, or `close` was called."""
         return self._closed or bool(self._lost)
 
+    @property
+    def has_lost_rank(self) -> bool:
+        """Whether some rank was reported lost, so that jobs may never end."""
+        return bool(self._lost)
+
     def close(self) -> None:
         """Refuse new work from now on; what was begun goes on to its end."""
         self._closed = True

@@ -82,24 +82,24 @@ def _reserve_run(parts: Parts, run: SaveRun, parent: int) -> tuple[int, list[int
     if not got:
         return start, got
     first_child, parents = table.first_child, table.parent
-    used = 0
+    above = parent
     for key, slot in zip(run.keys[start:] if start else run.keys, got, strict=False):
         if shards[key[0]].setdefault(key, slot) != slot:
-            break  # not a chain: a run repeats a key of its own, and is cut there
+            # Not a chain: a run repeats a key of its own, and is cut there.
+            spare = got.index(slot)
+            table.put_back(got[spare:])
+            del got[spare:]
+            break
         keys[slot] = key
         state[slot] = _FILLING
-        if used:
-            parents[slot] = parent
-            first_child[parent] = slot
+        if above != parent:
+            parents[slot] = above
+            first_child[above] = slot
         else:
-            table.attach(slot, parent)
-        used += 1
-        parent = slot
-    if used < len(got):
-        table.put_back(got[used:])
-        del got[used:]
-    table.counts[_FREE] -= used
-    table.counts[_FILLING] += used
+            table.attach(slot, above)
+        above = slot
+    table.counts[_FREE] -= len(got)
+    table.counts[_FILLING] += len(got)
     return start, got
 
 

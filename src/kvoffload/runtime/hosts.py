@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
 from collections.abc import Mapping
 
 import anyio
@@ -12,7 +15,6 @@ from kvoffload.config import Config
 from kvoffload.errors import PeerError
 from kvoffload.layout import Tensor
 from kvoffload.ledger import Ledger
-from kvoffload.messages import ToL1Manager
 from kvoffload.observe.logs import get_logger
 from kvoffload.runtime.hub import HubRuntime, RankPort
 from kvoffload.runtime.worker import Rank, WorkerRuntime, WrapEngine
@@ -35,6 +37,7 @@ class WorkerHost:
         self.runtime = WorkerRuntime(config, rank, self.loop.call_soon)
         self._listener = link.listen()
         self._serving: anyio.CancelScope | None = None
+        self._link: link.Link | None = None
         self._is_joined_here = False
 
     @classmethod
@@ -58,39 +61,55 @@ class WorkerHost:
     def join_here(self) -> None:
         """The hub is in this process: no link is needed. On vLLM's thread."""
         self._is_joined_here = True
-        self._listener.close()
+        self.loop.call_soon(self._stop_serving)
 
-        def stop_serving() -> None:
-            if self._serving is not None:
-                self._serving.cancel()
-
-        self.loop.call_soon(stop_serving)
+    def _stop_serving(self) -> None:
+        """On the loop, where the listener's socket is waited for; that wait closes it."""
+        if self._serving is not None:
+            self._serving.cancel()
 
     async def _serve(self) -> None:
         with anyio.CancelScope() as self._serving:
-            if not self._is_joined_here:
+            if self._is_joined_here:
+                self._listener.close()
+            else:
                 await self._serve_hub()
 
     async def _serve_hub(self) -> None:
         rank = self.runtime.rank
         try:
-            connection = await self._listener.accept(None)
-            joined, ledger_fd = await link.serve_worker(connection, self._hello(), rank.segment.fd, self.runtime.deliver)
+            connection = await self._listener.accept(math.inf)
+            joined, ledger_fd = await link.serve_worker(connection, self._hello(), rank.segment.fd)
+            ledger = Ledger.attach(ledger_fd, rank.layout.num_blocks)
         except PeerError as error:
-            if not self._is_joined_here:
-                self.runtime.turn_off(f"the hub did not join: {error}")
+            self.runtime.turn_off(f"the hub did not join: {error}")
             return
-        self.runtime.attach(Ledger.attach(ledger_fd, rank.layout.num_blocks), joined.send)
-        await joined.run(lambda reason: self.runtime.turn_off(f"the link to the hub is lost: {reason}"))
+        self._link = joined
+        self.runtime.attach(ledger, joined.send)
+        await joined.run(self.runtime.deliver, self._lose_hub)
+
+    def _lose_hub(self, reason: str) -> None:
+        self.runtime.turn_off(f"the link to the hub is lost: {reason}")
 
     def _hello(self) -> link.Hello:
         rank = self.runtime.rank
-        return link.Hello.of(rank)
+        return link.Hello(
+            version=link.LINK_VERSION,
+            rank=rank.number,
+            pid=os.getpid(),
+            layout_digest=rank.layout.digest(),
+            payload_bytes=rank.layout.payload_bytes,
+            slot_bytes=rank.layout.slot_bytes,
+            capacity_slots=rank.segment.slots,
+            num_blocks=rank.layout.num_blocks,
+            namespace=b"",
+        )
 
     def close(self, timeout_s: float) -> None:
         """Bounded; whatever does not end is left to the end of the process."""
         link.unregister_half(self.address.token)
-        self._listener.close()
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and the listener with it
+            self.loop.call_soon(self._stop_serving)
         self.runtime.close(timeout_s * 0.7)
         self.loop.stop(timeout_s * 0.3)
 
@@ -102,6 +121,7 @@ class HubHost:
         self.hub = HubRuntime(config)
         self._ledger = ledger
         self._loop: LoopThread | None = None
+        self._link: link.Link | None = None
 
     def join(self, address: link.LinkAddress) -> None:
         """Meet the worker half at ``address``; does not wait for it."""
@@ -123,17 +143,18 @@ class HubHost:
     async def _join_over_link(self, address: link.LinkAddress) -> None:
         assert self._loop is not None
         try:
-            with anyio.fail_after(JOIN_TIMEOUT_S):
-                joined, hello = await link.join_hub(await link.connect(address, JOIN_TIMEOUT_S), self._ledger)
-        except (PeerError, TimeoutError, OSError) as error:
-            self.hub.turn_off(f"the worker half at {address.path} cannot be reached: {error!r}")
+            joined, worker = await link.join_hub(await link.connect(address, JOIN_TIMEOUT_S), self._ledger)
+        except PeerError as error:
+            self.hub.turn_off(f"the worker half cannot be reached: {error}")
             return
+        worker.close()  # nothing reads its segment here until there is a second tier; its exit ends the engine
+        self._link = joined
+        hello = worker.hello
         port = RankPort(joined.send, lambda: joined.peer_age_s() < PEER_LIMIT_S)
         reports = self.hub.open(hello.capacity_slots, [port], self._loop.call_soon, self._loop.heartbeat)
-        report: ToL1Manager
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self.hub.run)
-            await joined.run(lambda reason: self.hub.lose_rank(hello.rank, reason))
+            await joined.run(reports.owe, lambda reason: self.hub.lose_rank(hello.rank, reason))
 
     def close(self, timeout_s: float) -> None:
         self.hub.close()

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from kvoffload.actors.gpu_copy import GpuCopy, GpuCopyConfig
+from kvoffload.actors.gpu_copy import FromGpuCopy, GpuCopy, GpuCopyConfig
 from kvoffload.bridge import Inbox
 from kvoffload.config import Config
 from kvoffload.copy.engine import CopyEngine
@@ -29,7 +29,6 @@ from kvoffload.messages import (
     SegmentGrown,
     SlotGrant,
     ToGpuCopy,
-    ToL1Manager,
 )
 from kvoffload.observe.logs import get_logger
 from kvoffload.segment import Populator, Segment
@@ -81,7 +80,7 @@ class WorkerRuntime:
         self._config = config
         self._inbox: Inbox[LoadEnded] = Inbox()
         self._on_load_ended = on_load_ended or self._inbox.put
-        self._to_l1: Callable[[ToL1Manager], None] | None = None
+        self._to_l1: Callable[[FromGpuCopy], None] | None = None
         self._grown: SegmentGrown | None = None
         self._lock = threading.Lock()
         sender: Sender[ToGpuCopy | CopyFact]
@@ -111,7 +110,7 @@ class WorkerRuntime:
         policy = RestartPolicy(restarts=0, escalate=lambda child, error: self.turn_off(f"{child} crashed: {error!r}"))
         await Supervisor([Child("gpu_copy", self._gpu_copy.run, policy)]).run()
 
-    def attach(self, ledger: Ledger, to_l1: Callable[[ToL1Manager], None]) -> None:
+    def attach(self, ledger: Ledger, to_l1: Callable[[FromGpuCopy], None]) -> None:
         """The hub is there: check saves against its ledger, and report to its L1Manager. ``to_l1`` is called here and on the loop."""
         self.rank.engine.use_ledger(ledger)
         with self._lock:
@@ -150,7 +149,7 @@ class WorkerRuntime:
         else:
             self.turn_off(message.reason)
 
-    def _report(self, message: ToL1Manager) -> None:
+    def _report(self, message: FromGpuCopy) -> None:
         """On the loop, from GpuCopy. Before the hub is there only growth has happened."""
         with self._lock:
             to_l1 = self._to_l1

@@ -55,22 +55,23 @@ class Life:
         self._rng = simulation.rng
         self._number = 0
         self._sessions: set[str] = set()
-        self._documents = [[self._rng.randrange(100, 1000) for _ in range(LONGEST_PROMPT)] for _ in range(3)]
+        self._documents = [[self._rng.randrange(100, 1000) for _ in range(LONGEST_PROMPT)] for _ in range(5)]
         simulation_actions: list[tuple[float, Callable[[], None]]] = [
             (30, simulation.step),
             (8, self._steps),
-            (9, self._add),
+            (12, self._add),
             (2, self._abort),
             (2, self._feed_session),
             (0.6, self._reset),
+            (2.5, self._clear_engine_cache),
             (0.5, self._wait),
         ]
         if simulation.settings.faults:
             simulation_actions += [
-                (1, self._toggle_live),
-                (1, self._toggle_frozen),
-                (1, self._toggle_load_hold),
-                (1, self._toggle_save_hold),
+                (1.5, self._change_live),
+                (1.5, self._change_frozen),
+                (1.5, self._change_load_hold),
+                (1.5, self._change_save_hold),
                 (0.01, simulation.crash_copies),
                 (0.01, simulation.kill_hub),
             ]
@@ -170,22 +171,28 @@ class Life:
             self.simulation.drain_pipeline()
         self.simulation.reset(running=rng.random() < 0.6, connector=rng.random() < 0.8)
 
+    def _clear_engine_cache(self) -> None:
+        """What it held can only come from L1 now."""
+        self.simulation.reset(running=self._rng.random() < 0.3, connector=False)
+
     def _wait(self) -> None:
         self.simulation.clock.advance(self._rng.choice([0.04, 0.3, 2.0, 20.0]))
         self.simulation.copies.expire()
 
-    def _toggle_live(self) -> None:
-        hub = self.simulation.hub
-        hub.live = not hub.live and not self.simulation.copies.crashed
+    def _change_live(self) -> None:
+        self.simulation.hub.live = self._mostly() and not self.simulation.copies.crashed
 
-    def _toggle_frozen(self) -> None:
-        self.simulation.hub.frozen = not self.simulation.hub.frozen
+    def _change_frozen(self) -> None:
+        self.simulation.hub.frozen = not self._mostly()
 
-    def _toggle_load_hold(self) -> None:
-        self.simulation.copies.hold_loads = not self.simulation.copies.hold_loads
+    def _change_load_hold(self) -> None:
+        self.simulation.copies.hold_loads = not self._mostly()
 
-    def _toggle_save_hold(self) -> None:
-        self.simulation.copies.hold_saves = not self.simulation.copies.hold_saves
+    def _change_save_hold(self) -> None:
+        self.simulation.copies.hold_saves = not self._mostly()
+
+    def _mostly(self) -> bool:
+        return self._rng.random() < 0.7
 
 
 def run(

@@ -140,4 +140,5 @@ class Evictor:
             slot = child
             self._steps -= 1
         self._chain, self._end = named, slot
-        return slot if first_child[slot] < 0 else NONE
+        # The parent of what is being reserved is held by its own guard alone, so that it may be met here.
+        return slot if first_child[slot] < 0 and not self._slots.guard[slot] else NONE

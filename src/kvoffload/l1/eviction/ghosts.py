@@ -5,6 +5,8 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable
 
+import numpy as np
+
 from kvoffload.errors import InternalError
 from kvoffload.messages import BlockKey
 
@@ -37,11 +39,9 @@ class Ghosts:
     def add(self, keys: Iterable[BlockKey]) -> None:
         """These keys were evicted, in this order."""
         tags, when, mask, now = self.tags, self._when, self.mask, self._now
-        for key in keys:
-            digest = hash(key)
+        for now, digest in enumerate(map(hash, keys), now + 1):
             at = digest & mask
             tags[at] = digest >> 32
-            now += 1
             when[at] = now
         self._now = now
         if now > _FOREVER - (1 << 24):  # the numbers run out: begin again, knowing nothing
@@ -63,8 +63,7 @@ class Ghosts:
 
     def __len__(self) -> int:
         """How many keys are remembered; counts the whole table."""
-        oldest = self._now - self.bound
-        return sum(1 for when in self._when if when and when > oldest)
+        return int(np.count_nonzero(np.frombuffer(self._when, dtype=np.uint32) > max(0, self._now - self.bound)))
 
     def check(self) -> None:
         """Verify the bound; raises InternalError."""

@@ -13,6 +13,7 @@ from kvoffload.messages import (
     BlocksFilled,
     ConnectorOff,
     LoadFinished,
+    MatchPrefix,
     ParentMissing,
     PrefixHit,
     ReserveSlots,
@@ -170,7 +171,9 @@ def _text(message: object) -> str:
         case PrefixHit():
             slots = shorten(message.slots)
             return f"PrefixHit {message.request} #{message.sequence}: slots {slots} ({message.reason.name}, generation {message.generation})"
-    return repr(message).replace(", deadline=", "\n", 1).split("\n")[0] if type(message).__name__ == "MatchPrefix" else repr(message)
+        case MatchPrefix():
+            return f"MatchPrefix {message.request} #{message.sequence}: {len(message.keys)} keys"
+    return repr(message)
 
 
 def _tags(message: object) -> list[Tag]:

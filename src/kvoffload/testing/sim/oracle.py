@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvoffload.connector.metadata import StepMetadata
 from kvoffload.connector.scheduler_side import SchedulerSide
-from kvoffload.messages import Job, ReserveSlots
+from kvoffload.messages import Job, ReleaseHit, ReserveSlots
 from kvoffload.testing.sim.memory import SimClock, SimLedger
 from kvoffload.testing.sim.settings import BLOCK_SIZE, SimSettings
 from kvoffload.testing.sim.trace import OracleError, Trace
@@ -164,6 +164,11 @@ class HookOracle:
         for run in message.runs:
             if run.request in self.tainted:
                 raise OracleError(f"{run.request} held KV at a reset, and now saves blocks {run.blocks}", [f"request {run.request}"])
+
+    def released(self, message: ReleaseHit) -> None:
+        """A hit was given back. One that had expired is asked for anew, and that is a new question."""
+        if message.request in self._asked:
+            self._asked[message.request] = self._clock.now
 
     def _check_bumps(self) -> None:
         handed, self._handed = self._handed, {}

@@ -14,12 +14,12 @@ from kvoffload.keys import KEY_BYTES, Extras
 from kvoffload.l1.core import L1Core
 from kvoffload.l1.parts import L1Config
 from kvoffload.l1.states import State
-from kvoffload.messages import ReserveSlots, SegmentGrown, ToL1Manager
+from kvoffload.messages import ReleaseHit, ReserveSlots, SegmentGrown, ToL1Manager
 from kvoffload.testing.sim.copies import SimCopies
 from kvoffload.testing.sim.engine import make_scheduler
 from kvoffload.testing.sim.hub import SimHub
 from kvoffload.testing.sim.memory import SimClock, SimLedger, SimMemory
-from kvoffload.testing.sim.oracle import HookOracle
+from kvoffload.testing.sim.oracle import SLACK_S, HookOracle
 from kvoffload.testing.sim.settings import BLOCK_SIZE, SimSettings
 from kvoffload.testing.sim.trace import OracleError, Trace
 from kvoffload.testing.sim.worker import SimWorker
@@ -43,6 +43,11 @@ class _WatchedHub(SimHub):
         if self.oracle is not None and isinstance(message, ReserveSlots):
             self.oracle.posted(message)
         return super().offer(message)
+
+    def owe(self, message: ToL1Manager) -> None:
+        if self.oracle is not None and isinstance(message, ReleaseHit):
+            self.oracle.released(message)
+        super().owe(message)
 
 
 class Simulation:
@@ -170,8 +175,10 @@ class Simulation:
         self.copies.hold_loads = self.copies.hold_saves = self.hub.frozen = False
         self.hub.live = not self.copies.crashed
         for _ in range(most_steps):
-            if not self.scheduler.has_requests() and not self._in_flight:
-                break
+            if not self.scheduler.has_requests():
+                self.drain_pipeline()
+                if not self.scheduler.has_requests():
+                    break
             self.step()
             if self.steps % 50 == 0:
                 self.clock.advance(1.0)
@@ -246,7 +253,7 @@ class Simulation:
         waited = self.copies.waited_s - waited
         if late:
             raise OracleError(f"load {late[0].message.job} did not start in time and is still waited for", [f"job {late[0].message.job}"])
-        if waited > self.settings.worker().wait_idle_s:
+        if waited > self.settings.worker().wait_idle_s + SLACK_S:
             raise OracleError(f"get_finished waited {waited * 1e3:.2f} ms")
         self.progress()
         tokens = {name: self.scheduler.requests[name] for name in output.num_scheduled_tokens if name in self.scheduler.requests}

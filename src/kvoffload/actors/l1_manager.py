@@ -1,0 +1,115 @@
+"""L1Manager: the actor around `kvoffload.l1.core`, which decides everything."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import anyio
+from anyio.lowlevel import checkpoint
+
+from kvoffload.l1.core import L1Core
+from kvoffload.l1.effects import ToRank
+from kvoffload.mailbox import EndOfMailbox, Receiver, Reply
+from kvoffload.messages import Drain, Flush, Job, SlotGrant, ToL1Manager, ToScheduler
+
+BURST_S = 0.002
+"""After so long the others on the loop have their turn; one message takes less."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """A Flush or Drain, and the jobs that must end before it is answered True."""
+
+    reply: Reply[bool]
+    jobs: frozenset[Job]
+    deadline: float | None = None
+
+
+class L1Manager:
+    """Owns: the index, the slots and the leases, all in ``core``.
+    Receives: `ToL1Manager`, from SchedulerSide and from every rank's GpuCopy.
+    Sends: `SlotGrant` by ``to_rank``; `PrefixHit` and `ParentMissing` by ``to_scheduler``. Both return at once: answers never wait.
+    Ends: when all senders have closed. Who then still waits for a Flush or a Drain is answered False.
+    """
+
+    def __init__(
+        self,
+        core: L1Core,
+        receiver: Receiver[ToL1Manager],
+        to_rank: Callable[[int, SlotGrant], None],
+        to_scheduler: Callable[[ToScheduler], None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._core = core
+        self._receiver = receiver
+        self._to_rank = to_rank
+        self._to_scheduler = to_scheduler
+        self._clock = clock
+        self._burst: deque[ToL1Manager] = deque()
+        self._waiting: list[_Waiting] = []
+
+    async def run(self) -> None:
+        """Until the mailbox ends. An InternalError of the core goes to the supervisor: L1 cannot be trusted any more."""
+        try:
+            while True:
+                with anyio.move_on_after(self._time_left()):
+                    self._burst.extend(await self._receiver.receive_burst())
+                await self._handle_burst()
+                self._answer_waiting()
+        except EndOfMailbox:
+            pass
+        finally:
+            self._settle()
+
+    async def _handle_burst(self) -> None:
+        begun = self._clock()
+        while self._burst:
+            self._handle(self._burst.popleft(), begun)
+            if self._burst and self._clock() - begun > BURST_S:
+                await checkpoint()
+                begun = self._clock()
+
+    def _handle(self, message: ToL1Manager, now: float) -> None:
+        if isinstance(message, Flush):
+            self._waiting.append(_Waiting(message.reply, self._core.open_jobs()))
+        elif isinstance(message, Drain):
+            self._core.close()
+            self._waiting.append(_Waiting(message.reply, self._core.open_jobs(), message.deadline))
+        else:
+            for effect in self._core.handle(message, now):
+                if isinstance(effect, ToRank):
+                    self._to_rank(effect.rank, effect.message)
+                else:
+                    self._to_scheduler(effect.message)
+
+    def _answer_waiting(self) -> None:
+        if not self._waiting:
+            return
+        jobs, now = self._core.open_jobs(), self._clock()
+        left: list[_Waiting] = []
+        for waiting in self._waiting:
+            if not waiting.jobs & jobs:
+                waiting.reply.answer(True)
+            elif self._core.has_lost_rank or (waiting.deadline is not None and waiting.deadline <= now):
+                waiting.reply.answer(False)  # a lost rank does not report
+            else:
+                left.append(waiting)
+        self._waiting = left
+
+    def _time_left(self) -> float | None:
+        """Seconds until a Drain's deadline; None when there is none."""
+        deadlines = [waiting.deadline for waiting in self._waiting if waiting.deadline is not None]
+        return max(0.0, min(deadlines) - self._clock()) if deadlines else None
+
+    def _settle(self) -> None:
+        for waiting in self._waiting:
+            waiting.reply.answer(False)
+        self._waiting.clear()
+        for message in self._burst:
+            if isinstance(message, Flush | Drain):
+                message.reply.gone()
+        self._burst.clear()
+        self._receiver.close()

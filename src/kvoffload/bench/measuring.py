@@ -1,0 +1,34 @@
+"""Prompts, quantiles and intervals that the figures share."""
+
+from __future__ import annotations
+
+import math
+import random
+import statistics
+from collections.abc import Sequence
+
+from kvoffload.errors import MisuseError
+
+
+def unique_prompts(count: int, lengths: Sequence[int], *, seed: int, vocab_size: int = 2048) -> list[list[int]]:
+    """``count`` prompts of random ordinary tokens, of these lengths in turn; no two share a block."""
+    chooser = random.Random(seed)
+    return [chooser.choices(range(4, vocab_size), k=lengths[index % len(lengths)]) for index in range(count)]
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The smallest value that at least ``share`` of the values do not exceed."""
+    if not values:
+        raise MisuseError("no values to take a quantile of")
+    ordered = sorted(values)
+    return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
+
+
+def bootstrap_interval(
+    values: Sequence[float], *, resamples: int = 5000, level: float = 0.95, seed: int = 1
+) -> tuple[float, float]:
+    """The percentile interval of the median of ``values``, by resampling them."""
+    chooser = random.Random(seed)
+    medians = sorted(statistics.median(chooser.choices(values, k=len(values))) for _ in range(resamples))
+    edge = (1 - level) / 2
+    return medians[int(edge * resamples)], medians[min(resamples - 1, int((1 - edge) * resamples))]

@@ -1,0 +1,144 @@
+"""Time to first token of long prompts that L1 has, against computing them and against vLLM's ExampleConnector: ``kvoffload bench ttft``."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from kvoffload.bench.engine_process import EngineOptions, EngineProcess, dtype_for_this_cpu
+from kvoffload.bench.figures import Figure
+from kvoffload.bench.measuring import unique_prompts
+from kvoffload.errors import PeerError
+from kvoffload.testing.model import BENCH, TINY, ModelShape, make_model
+
+SPEED_UP_TARGET = 15.0
+WORST_TARGET = 2.0
+SHARE_TARGET_MS = 4.0
+
+LENGTHS = (3116, 3372, 3628, 3884)
+"""Tokens, each 44 beyond a multiple of the CPU backend's 128-token blocks: the same rest is left to compute, and ExampleConnector, which
+never hits where that rest is 1, hits too."""
+QUICK_LENGTHS = (556, 684)
+
+
+@dataclass(slots=True)
+class Times:
+    """Seconds to first token; ``shares`` are kvoffload's own part of each hit, where it can be measured."""
+
+    computed: list[float] = field(default_factory=list)
+    loaded: list[float] = field(default_factory=list)
+    shares: list[float] = field(default_factory=list)
+
+
+def run(quick: bool = False) -> list[Figure]:
+    """In one process and in several, both connectors in turn."""
+    shape, lengths, hits = (TINY, QUICK_LENGTHS, 4) if quick else (BENCH, LENGTHS, 50)
+    figures = []
+    for multiprocessing in (False, True):
+        with _storage() as storage, tempfile.TemporaryDirectory(prefix="kvoffload-bench-") as directory:
+            ours, theirs = measure(shape, directory, storage, lengths, hits, multiprocessing=multiprocessing)
+        figures += _figures("several processes" if multiprocessing else "one process", ours, theirs)
+    return figures
+
+
+@contextmanager
+def _storage() -> Iterator[str]:
+    """A directory in memory for ExampleConnector's files, where there is one: its disk is not what is compared."""
+    memory = "/dev/shm"
+    with tempfile.TemporaryDirectory(prefix="kvoffload-bench-", dir=memory if os.access(memory, os.W_OK) else None) as directory:
+        yield directory
+
+
+def measure(
+    shape: ModelShape, directory: str, storage: str, lengths: Sequence[int], hits: int, *, multiprocessing: bool
+) -> tuple[Times, Times]:
+    """kvoffload's times and ExampleConnector's: every prompt computed once by each, then ``hits`` in turn, A B A B."""
+    model = str(make_model(directory, shape))
+    dtype = dtype_for_this_cpu()
+    common: dict[str, Any] = {"multiprocessing": multiprocessing, "dtype": dtype}
+    ours_options = EngineOptions(model, "kvoffload", l1_bytes=512 << 20, **common)
+    with EngineProcess(ours_options) as ours, EngineProcess(EngineOptions(model, "example", storage=storage, **common)) as theirs:
+        engines = {"kvoffload": ours, "example": theirs}
+        prompts = unique_prompts(len(lengths), lengths, seed=7)
+        times = {name: Times() for name in engines}
+        for engine in engines.values():
+            engine.wait_ready()
+            engine.call("generate", prompts=unique_prompts(1, [lengths[0]], seed=8))
+        if not multiprocessing:
+            ours.call("wait_populated")
+            ours.call("time_hooks")
+        for prompt in prompts:
+            for name, engine in engines.items():
+                times[name].computed.append(_first_token(engine, prompt, expected=0))
+        for engine in engines.values():
+            engine.call("flush")
+        for index in range(hits + len(prompts)):
+            for name, engine in engines.items():
+                prompt = prompts[index % len(prompts)]
+                if name == "kvoffload" and not multiprocessing:
+                    engine.call("hook_times")
+                seconds = _first_token(engine, prompt, expected=(len(prompt) - 1) // 128 * 128)
+                if index < len(prompts):
+                    continue  # the first hit of each warms the files' page cache, and ours alike
+                times[name].loaded.append(seconds)
+                if name == "kvoffload" and not multiprocessing:
+                    taken = engine.call("hook_times")
+                    times[name].shares.append((taken["hooks_us"] + taken["pending_load_us"]) / 1e6)
+    return times["kvoffload"], times["example"]
+
+
+def _first_token(engine: EngineProcess, prompt: list[int], expected: int) -> float:
+    """Seconds, with vLLM's own prefix cache empty; ``expected`` tokens must come from the connector."""
+    if not engine.call("reset"):
+        raise PeerError("vLLM did not reset its prefix cache")
+    result = engine.call("generate", prompts=[prompt])
+    cached = result["answers"][0]["cached"]
+    if cached != expected:
+        raise PeerError(
+            f"{engine.options.connector}: {cached} of {len(prompt)} tokens came from the cache, {expected} were expected\n{engine.log_tail()}"
+        )
+    seconds: float = result["seconds"]
+    return seconds
+
+
+def _figures(mode: str, ours: Times, theirs: Times) -> list[Figure]:
+    computed, loaded, example = (statistics.median(values) for values in (ours.computed, ours.loaded, theirs.loaded))
+    speed_up, against, worst = computed / loaded, example / loaded, max(ours.loaded) / loaded
+    figures = [
+        Figure(
+            f"ttft, {mode}: computed / loaded",
+            speed_up,
+            "x",
+            f">= {SPEED_UP_TARGET:.0f}",
+            speed_up >= SPEED_UP_TARGET,
+            f"computed {computed * 1e3:.0f} ms, loaded {loaded * 1e3:.1f} ms, medians of {len(ours.computed)} and {len(ours.loaded)}",
+        ),
+        Figure(
+            f"ttft, {mode}: ExampleConnector / kvoffload",
+            against,
+            "x",
+            "> 1",
+            against > 1,
+            f"ExampleConnector {example * 1e3:.1f} ms, median of {len(theirs.loaded)}, in turn with ours",
+        ),
+        Figure(
+            f"ttft, {mode}: worst / median",
+            worst,
+            "x",
+            f"<= {WORST_TARGET:.0f}",
+            worst <= WORST_TARGET,
+            f"worst of {len(ours.loaded)}: {max(ours.loaded) * 1e3:.1f} ms",
+        ),
+    ]
+    if ours.shares:
+        share = statistics.median(ours.shares) * 1e3
+        detail = f"time in hooks and until the copy is reported; worst {max(ours.shares) * 1e3:.1f} ms"
+        figures.append(
+            Figure(f"ttft, {mode}: our share", share, "ms", f"<= {SHARE_TARGET_MS:.0f}", share <= SHARE_TARGET_MS, detail)
+        )
+    return figures

@@ -1,0 +1,54 @@
+"""``kvoffload bench``: each promise of the project measured, one line per figure."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from importlib import import_module
+
+from kvoffload.bench.figures import Figure
+from kvoffload.cli.progress import Progress
+from kvoffload.errors import KVOffloadError
+
+NAME_WIDTH = 52
+
+
+def run_benches(names: Sequence[str], *, quick: bool, as_json: bool, strict: bool) -> int:
+    """Print the figures as they come. 1 when something could not be measured, or, with ``strict``, when a figure falls short."""
+    failed: list[str] = []
+    figures: list[Figure] = []
+    if not as_json:
+        print("  " + "figure".ljust(NAME_WIDTH) + "value".rjust(13) + "  " + "target".ljust(12) + "verdict")
+        print("  " + "-" * (NAME_WIDTH + 13 + 2 + 12 + 11))
+    for name in names:
+        runner: Callable[[bool], list[Figure]] = import_module(f"kvoffload.bench.{name}").run
+        try:
+            with Progress(f"measuring: {name}", stream=sys.stderr, keep=False):
+                found = runner(quick)
+        except (KVOffloadError, ImportError) as error:
+            failed.append(name)
+            print(f"  {name}: could not be measured: {error}", file=sys.stderr)
+            continue
+        figures += found
+        for figure in found:
+            print(json.dumps(asdict(figure)) if as_json else _line(figure), flush=True)
+    if not as_json and figures:
+        short = [figure for figure in figures if not figure.passed]
+        quickly = " (--quick: the figures mean little)" if quick else ""
+        print(f"\n  {len(figures)} figures, {len(short)} of them fall short{quickly}")
+    return 1 if failed or (strict and any(not figure.passed for figure in figures)) else 0
+
+
+def _line(figure: Figure) -> str:
+    value = (
+        f"{figure.value:,.3f}"
+        if abs(figure.value) < 1
+        else f"{figure.value:,.2f}"
+        if abs(figure.value) < 100
+        else f"{figure.value:,.0f}"
+    )
+    verdict = "pass" if figure.passed else "falls short"
+    head = f"  {figure.name.ljust(NAME_WIDTH)}{f'{value} {figure.unit}'.rjust(13)}  {figure.target.ljust(12)}{verdict}"
+    return head + (f"\n      {figure.detail}" if figure.detail else "")
