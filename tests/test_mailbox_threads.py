@@ -22,9 +22,7 @@ class Question:
     reply: Reply[int]
 
 
-def open_any(
-    capacity: int, on_full: OnFull, call_soon: Callable[[Callable[[], None]], object]
-) -> tuple[Sender[Any], Receiver[Any]]:
+def open_any(capacity: int, on_full: OnFull, call_soon: Callable[[Callable[[], None]], object]) -> tuple[Sender[Any], Receiver[Any]]:
     return open_mailbox("m", capacity, on_full, call_soon=call_soon)
 
 

@@ -96,9 +96,7 @@ async def test_too_many_crashes_escalate_once(restarts: int) -> None:
 
 
 @pytest.mark.anyio
-@pytest.mark.parametrize(
-    "error", [ValueError("a bug"), SystemExit(1), KeyboardInterrupt(), BaseExceptionGroup("g", [SystemExit(2)])]
-)
+@pytest.mark.parametrize("error", [ValueError("a bug"), SystemExit(1), KeyboardInterrupt(), BaseExceptionGroup("g", [SystemExit(2)])])
 async def test_a_crash_reaches_neither_siblings_nor_caller(error: BaseException, caplog: pytest.LogCaptureFixture) -> None:
     escalations = Escalations()
     finished: list[str] = []

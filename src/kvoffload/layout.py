@@ -144,9 +144,7 @@ class _View:
         outer: list[list[int]] = []
         # From the smallest stride to the largest, a dimension must lie wholly inside one step of the next: then no byte is shared.
         span = self.itemsize
-        dimensions = [
-            (stride, count, axis) for axis, (stride, count) in enumerate(zip(self.strides, self.shape, strict=True)) if count > 1
-        ]
+        dimensions = [(stride, count, axis) for axis, (stride, count) in enumerate(zip(self.strides, self.shape, strict=True)) if count > 1]
         for stride, count, axis in sorted(dimensions):
             if stride < span:
                 raise LayoutError(

@@ -48,6 +48,7 @@ __all__ = [
 
 BEAT_S = 0.25
 HANDSHAKE_TIMEOUT_S = 10.0
+LAST_WORDS_S = 0.5
 MAX_QUEUED_BYTES = 64 << 20
 """What may wait for a peer that does not read; beyond, it is given up."""
 
@@ -94,6 +95,8 @@ class Link:
         self._scope: anyio.CancelScope | None = None
         self._is_closing = False
         self._failure: Exception | None = None
+        self.peer_left = False
+        """The peer said goodbye: it was lost on purpose."""
 
     def send(self, message: LinkMessage) -> None:
         """From any thread; never waits. Dropped once the link has ended. Raises `MisuseError` for what cannot cross."""
@@ -164,7 +167,12 @@ class Link:
         try:
             while True:
                 data = b"".join(await self._frames.receive_burst())
-                await self._connection.send(data)
+                try:
+                    await self._connection.send(data)
+                except PeerError:
+                    # The peer is gone; its last words may still be there to be read, and then they are the reason to report.
+                    await anyio.sleep(LAST_WORDS_S)
+                    raise
                 with self._lock:
                     self._queued_bytes -= len(data)
         except EndOfMailbox:
@@ -186,6 +194,7 @@ class Link:
                 if isinstance(message, Beat):
                     continue
                 if isinstance(message, Goodbye):
+                    self.peer_left = True
                     raise PeerError(f"the peer closed the link: {message.reason}")
                 if not isinstance(message, self._accepts):
                     raise PeerError(f"a {type(message).__name__} came the wrong way over the link")
@@ -235,9 +244,7 @@ async def serve_worker(
         raise
 
 
-async def join_hub(
-    connection: RawConnection, ledger: Ledger, *, timeout_s: float = HANDSHAKE_TIMEOUT_S
-) -> tuple[Link, JoinedWorker]:
+async def join_hub(connection: RawConnection, ledger: Ledger, *, timeout_s: float = HANDSHAKE_TIMEOUT_S) -> tuple[Link, JoinedWorker]:
     """The hub's handshake: the link, and what the worker half gave.
 
     Raises `PeerError`, with the connection closed and nothing left open; the worker half is told why.
@@ -267,11 +274,7 @@ def _check_worker(connection: RawConnection, hello: object, descriptors: list[in
         raise _refusal(connection, f"the worker speaks version {hello.version} of the link, and the hub {LINK_VERSION}")
     if hello.num_blocks != num_blocks:
         raise _refusal(connection, f"the worker has {hello.num_blocks} engine blocks, and the scheduler {num_blocks}")
-    if (
-        min(hello.rank, hello.payload_bytes, hello.capacity_slots) < 0
-        or hello.slot_bytes <= 0
-        or hello.payload_bytes > hello.slot_bytes
-    ):
+    if min(hello.rank, hello.payload_bytes, hello.capacity_slots) < 0 or hello.slot_bytes <= 0 or hello.payload_bytes > hello.slot_bytes:
         raise _refusal(connection, f"the worker's figures are impossible: {hello}")
     pid, _ = connection.peer()
     segment_fd, process_fd = descriptors

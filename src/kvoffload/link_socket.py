@@ -1,21 +1,21 @@
-"""The unix socket under the link: an owner-only meeting place, peers that are checked, descriptors that are never leaked.
+"""The unix socket under the link: a meeting place that leaves nothing behind, peers that are checked, descriptors that never leak.
 
 The worker half listens before its address goes into vLLM's handshake metadata; the hub connects. Either end checks that the other
 runs as the same user, and the hub that it is the process that it was told of; the hub proves that it was told the token.
+
+The socket's name is an abstract one (unix(7)): it lives in no file system, so it goes with the socket however the process ends. A file
+in a directory of its own, which keeps others out by its mode, stays behind when the process is killed before the hub has come.
 """
 
 from __future__ import annotations
 
 import array
-import atexit
 import errno
 import hmac
 import os
 import secrets
-import shutil
 import socket
 import struct
-import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -31,7 +31,6 @@ from kvoffload.observe.logs import get_logger
 log = get_logger("link")
 
 LINK_VERSION = 1
-_MAX_PATH_BYTES = 107  # of sun_path, less its terminating NUL: unix(7)
 _KNOCK_TIMEOUT_S = 5.0
 _MOST_DESCRIPTORS = 4
 _UCRED = struct.Struct("3i")  # pid, uid, gid: SO_PEERCRED in unix(7)
@@ -41,7 +40,7 @@ _UCRED = struct.Struct("3i")  # pid, uid, gid: SO_PEERCRED in unix(7)
 class LinkAddress:
     """Where a worker half listens; plain values, for vLLM's handshake metadata. The token is a secret: not in the repr."""
 
-    path: str
+    name: str
     pid: int
     token: bytes = field(repr=False)
 
@@ -153,20 +152,18 @@ def close_descriptors(descriptors: Sequence[int]) -> None:
 
 
 class Listener:
-    """A listening socket under a random name in a directory of its own that only this user may enter. For one connection."""
+    """A listening socket under a random abstract name. For one connection."""
 
-    def __init__(self, sock: socket.socket, directory: str, address: LinkAddress) -> None:
+    def __init__(self, sock: socket.socket, address: LinkAddress) -> None:
         sock.setblocking(False)
         self.address = address
         self._socket = sock
-        self._directory = directory
         self._lock = Lock()
         self._is_open = True
         self._is_accepting = False
-        atexit.register(self._remove)
 
     def close(self) -> None:
-        """Stop listening and remove socket and directory, at once. Idempotent, from any thread: a waiting `accept` ends."""
+        """Stop listening, at once. Idempotent, from any thread: a waiting `accept` ends."""
         with self._lock:
             if self._is_open:
                 self._is_open = False
@@ -175,13 +172,6 @@ class Listener:
                     self._socket.shutdown(socket.SHUT_RDWR)
             if not self._is_accepting:
                 self._socket.close()
-        self._remove()
-        atexit.unregister(self._remove)
-
-    def _remove(self) -> None:
-        # A forked child that exits must not take the meeting place away.
-        if os.getpid() == self.address.pid:
-            shutil.rmtree(self._directory, ignore_errors=True)
 
     async def accept(self, timeout_s: float | None) -> RawConnection:
         """The first peer of this user that knows the token; others are turned away. Then, and on every error, the listener closes.
@@ -199,7 +189,7 @@ class Listener:
                     if await self._knows_token(connection):
                         return connection
         except TimeoutError as error:
-            raise PeerError(f"the hub did not connect to {self.address.path} within {timeout_s} s") from error
+            raise PeerError(f"the hub did not connect to {self.address.name} within {timeout_s} s") from error
         finally:
             with self._lock:
                 self._is_accepting = False
@@ -208,12 +198,15 @@ class Listener:
     async def _accept(self) -> RawConnection:
         while True:
             await anyio.wait_readable(self._socket)
+            # Asked first: on Linux a socket that was shut down is readable for ever, and accept still says "try again".
+            if not self._is_open:
+                raise PeerError("nobody can connect any more: the listener was closed")
             try:
                 return RawConnection(self._socket.accept()[0])
             except (BlockingIOError, ConnectionAbortedError):
                 continue
             except OSError as error:
-                raise PeerError(f"nobody can connect any more, the listener was closed: {error}") from error
+                raise PeerError(f"nobody can connect: {error}") from error
 
     async def _knows_token(self, connection: RawConnection) -> bool:
         try:
@@ -223,9 +216,7 @@ class Listener:
             if not isinstance(knock, Knock) or not hmac.compare_digest(knock.token, self.address.token):
                 raise PeerError("it does not know the token")
             if knock.version != LINK_VERSION:
-                connection.send_nowait(
-                    encode(Goodbye(f"this worker speaks version {LINK_VERSION} of the link, not {knock.version}"))
-                )
+                connection.send_nowait(encode(Goodbye(f"this worker speaks version {LINK_VERSION} of the link, not {knock.version}")))
                 raise PeerError(f"it speaks version {knock.version} of the link, and this process version {LINK_VERSION}")
         except (PeerError, TimeoutError) as error:
             connection.close()
@@ -237,27 +228,21 @@ class Listener:
         return True
 
 
-def listen(directory: str | None = None) -> Listener:
-    """Make a meeting place below ``directory`` (the system's temporary one), which must be on a local file system.
-
-    Raises `UnsupportedError` when no socket can be made there.
-    """
-    try:
-        own = tempfile.mkdtemp(prefix="kvoffload-", dir=directory)  # mode 0700
-    except OSError as error:
-        raise UnsupportedError(f"no directory for the link's socket in {directory or tempfile.gettempdir()}: {error}") from error
-    path = os.path.join(own, secrets.token_hex(8))
+def listen() -> Listener:
+    """Make a meeting place. Raises `UnsupportedError` when no socket can be made."""
+    name = f"kvoffload-{secrets.token_hex(16)}"
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)  # close-on-exec, as all of Python's
     try:
-        if len(os.fsencode(path)) > _MAX_PATH_BYTES:
-            raise OSError(errno.ENAMETOOLONG, f"a socket's path has at most {_MAX_PATH_BYTES} bytes; set TMPDIR to a shorter one")
-        sock.bind(path)
+        sock.bind(_abstract(name))
         sock.listen(8)
     except OSError as error:
         sock.close()
-        shutil.rmtree(own, ignore_errors=True)
-        raise UnsupportedError(f"no unix socket can be made at {path}: {error}") from error
-    return Listener(sock, own, LinkAddress(path, os.getpid(), secrets.token_bytes(32)))
+        raise UnsupportedError(f"no unix socket can be made for the link: {error}") from error
+    return Listener(sock, LinkAddress(name, os.getpid(), secrets.token_bytes(32)))
+
+
+def _abstract(name: str) -> str:
+    return "\0" + name
 
 
 async def connect(address: LinkAddress, timeout_s: float) -> RawConnection:
@@ -265,36 +250,39 @@ async def connect(address: LinkAddress, timeout_s: float) -> RawConnection:
     connection = RawConnection(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
     try:
         with anyio.fail_after(timeout_s):
-            await _connect(connection, address.path)
+            await _connect(connection, address.name)
             check_user(connection)
             pid, _ = connection.peer()
             if pid != address.pid:
-                raise PeerError(f"process {pid} listens at {address.path}, and not {address.pid}, as the handshake said")
+                raise PeerError(f"process {pid} listens at {address.name}, and not {address.pid}, as the handshake said")
             await connection.send(encode(Knock(LINK_VERSION, address.token)))
     except TimeoutError as error:
         connection.close()
-        raise PeerError(f"the worker at {address.path} did not accept within {timeout_s} s") from error
+        raise PeerError(f"the worker at {address.name} did not accept within {timeout_s} s") from error
     except BaseException:
         connection.close()
         raise
     return connection
 
 
-async def _connect(connection: RawConnection, path: str) -> None:
+async def _connect(connection: RawConnection, name: str) -> None:
     while True:
         try:
-            connection._socket.connect(path)
+            connection._socket.connect(_abstract(name))
         except BlockingIOError:  # the queue of the listener is full
             await anyio.sleep(0.01)
         except OSError as error:
-            raise PeerError(f"the worker at {path} cannot be reached: {error}") from error
+            raise PeerError(f"the worker at {name} cannot be reached: {error}") from error
         else:
             return
 
 
 def check_user(connection: RawConnection, uid: int | None = None) -> None:
-    """Raises `PeerError` unless the peer runs as this user (or as ``uid``)."""
+    """Raises `PeerError` unless the peer runs as this user (or as ``uid``), and in a process that this one can see."""
     pid, theirs = connection.peer()
+    if pid <= 0:
+        # Abstract names are seen by all of a host's network namespace: this is another container's process.
+        raise PeerError("the other end of the link is in another pid namespace")
     ours = os.geteuid() if uid is None else uid
     if theirs != ours:
         raise PeerError(f"process {pid} at the other end of the link runs as user {theirs}, and this one as {ours}")

@@ -158,9 +158,10 @@ class ParentMissing:
 
 @dataclass(frozen=True, slots=True)
 class ConnectorOff:
-    """kvoffload has stopped; vLLM goes on as if there were no connector. Sticky."""
+    """kvoffload has stopped; vLLM goes on as if there were no connector. Sticky. ``on_purpose``: because the engine is shut down."""
 
     reason: str
+    on_purpose: bool = False
 
 
 # ---------------------------------------------------------------- L1Manager <-> GpuCopy

@@ -157,9 +157,10 @@ async def test_a_grant_alone_is_dropped_in_time(stages: list[Stage]) -> None:
         stage.grant(2, 5, 6)
         await anyio.sleep(60)
         stage.close_senders()
-    assert reports == [
-        (pytest.approx(5.0, abs=0.01), BlocksFilled(1, RANK, (), (4,), DropReason.UNPAIRED)),
-        (pytest.approx(7.0, abs=0.01), BlocksFilled(2, RANK, (), (5, 6), DropReason.UNPAIRED)),
+    assert [round(when, 2) for when, _ in reports] == [5.0, 7.0]
+    assert [message for _, message in reports] == [
+        BlocksFilled(1, RANK, (), (4,), DropReason.UNPAIRED),
+        BlocksFilled(2, RANK, (), (5, 6), DropReason.UNPAIRED),
     ]
 
 

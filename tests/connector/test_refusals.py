@@ -97,9 +97,7 @@ def test_hybrid_model_refused(served: tuple[Any, Any]) -> None:
     [group] = cache.kv_cache_groups
     full: FullAttentionSpec = group.kv_cache_spec
     mamba = MambaSpec(block_size=32, shapes=((4, 4),), dtypes=(full.dtype,))
-    window = SlidingWindowSpec(
-        block_size=32, num_kv_heads=full.num_kv_heads, head_size=full.head_size, dtype=full.dtype, sliding_window=64
-    )
+    window = SlidingWindowSpec(block_size=32, num_kv_heads=full.num_kv_heads, head_size=full.head_size, dtype=full.dtype, sliding_window=64)
     for other, word in ((mamba, "MambaSpec"), (window, "SlidingWindowSpec")):
         both = dataclasses.replace(cache, kv_cache_groups=[group, KVCacheGroupSpec(["other"], other)])
         reason = why_not(config, both)

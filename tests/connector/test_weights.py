@@ -27,9 +27,7 @@ def _changed(index: int) -> np.ndarray:
 
 
 def test_equal_files_are_equal(tmp_path: Path) -> None:
-    assert weights.fingerprint_file(_save(tmp_path / "a.safetensors")) == weights.fingerprint_file(
-        _save(tmp_path / "b.safetensors")
-    )
+    assert weights.fingerprint_file(_save(tmp_path / "a.safetensors")) == weights.fingerprint_file(_save(tmp_path / "b.safetensors"))
 
 
 @pytest.mark.parametrize("index", [0, 2500, 4999])

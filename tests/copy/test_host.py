@@ -5,13 +5,14 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from tests.copy.rigs import WAIT_S, Rig, ids, layers_of, strided
 
 import kvoffload
@@ -37,9 +38,7 @@ def rig() -> Iterator[Rig]:
     itemsize=st.sampled_from([1, 2, 4, 8]),
     data=st.data(),
 )
-def test_any_strided_layout(
-    order: list[str], sizes: tuple[int, ...], padding: list[int], itemsize: int, data: st.DataObject
-) -> None:
+def test_any_strided_layout(order: list[str], sizes: tuple[int, ...], padding: list[int], itemsize: int, data: st.DataObject) -> None:
     memory, view = strided("".join(order), dict(zip("LBHNC", sizes, strict=True)), padding, itemsize)
     blocks = view.shape[1]
     source, target = data.draw(st.permutations(range(blocks)))[:2]
@@ -163,61 +162,94 @@ def test_parts_that_do_not_fit() -> None:
         HostCopyEngine(layout, Segment.create(1 << 16, 4096), Ledger(5))
 
 
-def test_the_interpreter_lock_is_released_while_copying() -> None:
-    # Both directions, some 100 ms each: a thread that needs the lock counts meanwhile, and a save and a load overlap.
-    caches = {"a": np.ones((9, 64 << 20), np.uint8)[:, : 16 << 20]}
-    rig = Rig.on(caches, 9, 8)
-    count = 0
-    stop, running = threading.Event(), threading.Event()
+class Copying:
+    """Runs a copy in a thread and finds out, from this one, whether its memory can be seen half done.
 
-    def spin() -> None:
-        nonlocal count
-        running.set()
-        while not stop.is_set():
-            count += 1
+    With the interpreter lock held through the native call no Python code could ever see that.
+    """
 
-    spinner = threading.Thread(target=spin)
-    spinner.start()
-    assert running.wait(WAIT_S)
-    eight = ids(*range(8))
-    progress = []
-    for _ in range(3):
-        before = count
-        rig.engine.save(eight, eight, ids(*[0] * 8), None)
-        progress.append(count - before)
-        before = count
-        rig.engine.load(eight, eight, None)
-        progress.append(count - before)
-    stop.set()
-    spinner.join(WAIT_S)
-    rig.close()
-    assert min(progress) > 1000
+    def __init__(self, copy: Callable[[], object], first: NDArray[np.uint8], last: NDArray[np.uint8]) -> None:
+        self._copy, self._first, self._last = copy, first, last
+        self.result: object = None
 
+    def _run(self) -> None:
+        self.result = self._copy()
 
-def test_a_bump_during_the_copy_is_seen() -> None:
-    # Block 0 is read at once and its epoch compared right then; block 7 is read some 10 ms later.
-    rig = Rig.on({"a": np.ones((9, 16 << 20), np.uint8)}, 9, 8)
-    eight = ids(*range(8))
-    first, last = rig.segment.slot(1), rig.segment.slot(7)
-    flags: list[bool] = []
-    is_in_time = False
-    for _ in range(30):  # on a busy machine the bump may come too late to tell: try again
-        rig.segment.array[::4096] = first[64] = last[64] = 0
-        flags.clear()
-        planned = np.array(rig.ledger.epochs(range(8)), dtype=np.int64)
-        saver = threading.Thread(target=lambda: flags.extend(rig.engine.save(eight, eight, planned, None).tolist()))
-        saver.start()
-        while saver.is_alive() and not first[64]:  # block 0 is done when block 1 arrives
+    def is_seen_half_done(self, meanwhile: Callable[[], None] = lambda: None) -> bool:
+        """``meanwhile`` is called after ``first`` was written and, if True is returned, before ``last`` was."""
+        self._first[:] = self._last[:] = 0
+        thread = threading.Thread(target=self._run)
+        thread.start()
+        while thread.is_alive() and not self._first[0]:
             pass
-        rig.ledger.bump([0, 7])
-        is_in_time = not last[64]
-        saver.join(WAIT_S)
-        if is_in_time:
-            break
+        meanwhile()
+        is_half_done = bool(self._first[0]) and not self._last[0]
+        thread.join(WAIT_S)
+        return is_half_done
+
+
+ATTEMPTS = 30
+"""A busy machine may not run the looking thread while the copy runs, some 10 ms: try again."""
+
+
+def big_rig() -> Rig:
+    """Three blocks of 64 MiB, all ones."""
+    rig = Rig.on({"a": np.ones((3, 64 << 20), np.uint8)}, 3, 2)
+    rig.segment.array[:] = 1
+    return rig
+
+
+def test_the_interpreter_lock_is_released_while_saving() -> None:
+    rig = big_rig()
+    first, last = rig.segment.slot(0)[64:65], rig.segment.slot(1)[64 + (64 << 20) - 1 :][:1]
+    copying = Copying(lambda: rig.engine.save(ids(0, 1), ids(0, 1), ids(0, 0), None), first, last)
+    assert any(copying.is_seen_half_done() for _ in range(ATTEMPTS))
     rig.close()
-    assert is_in_time
-    assert flags[0]
-    assert not flags[7]
+
+
+def test_the_interpreter_lock_is_released_while_loading() -> None:
+    rig = big_rig()
+    copying = Copying(lambda: rig.engine.load(ids(0, 1), ids(0, 1), None), rig.caches["a"][0, :1], rig.caches["a"][1, -1:])
+    assert any(copying.is_seen_half_done() for _ in range(ATTEMPTS))
+    rig.close()
+
+
+def test_a_save_and_a_load_run_at_the_same_time() -> None:
+    rig = big_rig()
+    loading = Copying(lambda: rig.engine.load(ids(0), ids(2), None), rig.caches["a"][2, :1], rig.caches["a"][2, -1:])
+    first, last = rig.segment.slot(1)[64:65], rig.segment.slot(1)[64 + (64 << 20) - 1 :][:1]
+    saving = Copying(lambda: rig.engine.save(ids(1), ids(1), ids(0), None), first, last)
+    is_saving, seen = False, list[bool]()
+    for _ in range(ATTEMPTS):
+        # The load begins after the save has, and is seen half done before the save ends.
+        is_saving = saving.is_seen_half_done(lambda: seen.append(loading.is_seen_half_done()))
+        if is_saving and seen[-1]:
+            break
+    assert is_saving
+    assert seen[-1]
+    rig.close()
+
+
+def test_a_bump_while_a_block_is_read_is_seen() -> None:
+    # Bumped after the first byte of block 1 was read and before its last: too late for a check that comes before the copy. Block 0 is
+    # through by then, and its flag says so: each epoch is compared right after its own block.
+    rig = big_rig()
+    slot = rig.segment.slot(1)
+    planned = ids(0, 0)
+
+    def save() -> object:
+        return rig.engine.save(ids(0, 1), ids(0, 1), planned, None)
+
+    copying = Copying(save, slot[64:65], slot[64 + (64 << 20) - 1 :][:1])
+    for _ in range(ATTEMPTS):
+        planned[:] = rig.ledger.epochs([0, 1])
+        if copying.is_seen_half_done(lambda: rig.ledger.bump([0, 1])):
+            break
+    else:
+        pytest.fail("never seen half done")
+    assert isinstance(copying.result, np.ndarray)
+    assert copying.result.tolist() == [True, False]
+    rig.close()
 
 
 SOURCES = Path(kvoffload.__file__).parent
@@ -252,9 +284,7 @@ print(compile_kernels().save.nopython_signatures[0].return_type)
 
 
 def test_without_native_code_it_is_refused() -> None:
-    code = (
-        "from kvoffload.copy.native import compile_kernels\ntry: compile_kernels()\nexcept Exception as error: print(repr(error))"
-    )
+    code = "from kvoffload.copy.native import compile_kernels\ntry: compile_kernels()\nexcept Exception as error: print(repr(error))"
     assert "UnsupportedError('NUMBA_DISABLE_JIT" in python(code, NUMBA_DISABLE_JIT="1").stdout
 
 

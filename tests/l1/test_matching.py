@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from tests.l1.rig import Rig, chain, run
 
 from kvoffload.errors import InternalError
 from kvoffload.l1 import State
@@ -18,7 +19,6 @@ from kvoffload.messages import (
     ResetCache,
     StartLoad,
 )
-from tests.l1.rig import Rig, chain, run
 
 A, B = chain("a", 4), chain("b", 4)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from tests.l1.rig import Rig, chain, run
 
 from kvoffload.errors import InternalError
 from kvoffload.l1 import State
 from kvoffload.messages import BlocksFilled, DropReason, ReserveSlots, ResetCache, SaveRun, SegmentGrown
-from tests.l1.rig import Rig, chain, run
 
 A, B = chain("a", 4), chain("b", 4)
 
@@ -71,7 +71,7 @@ def test_a_run_cut_for_want_of_slots_names_nobody() -> None:
 
 def test_the_parent_of_a_new_block_is_not_evicted_for_it() -> None:
     for policy in ("lru", "s3fifo"):
-        rig = Rig(2, policy=policy)
+        rig = Rig(2, policy=policy, max_waiting_share=1.0)
         rig.save(A[:2])
         grant, missing = rig.reserve(run(A[:3], 2))
         assert (grant.slots, missing) == ((), ()), "its parents were all there was to evict"
@@ -162,9 +162,9 @@ def test_slots_are_usable_when_every_rank_has_them_and_stay_so() -> None:
     assert rig.core.statistics().usable == 8
     rig.send(SegmentGrown(0, 3))
     assert rig.core.statistics().usable == 8
+    rig.send(SegmentGrown(0, 9))
     with pytest.raises(InternalError, match="segment"):
-        for rank in range(2):
-            rig.core.handle(SegmentGrown(rank, 9), 0.0)
+        rig.core.handle(SegmentGrown(1, 9), 0.0)
 
 
 def test_without_slots_everything_is_dropped_and_the_grant_is_empty() -> None:

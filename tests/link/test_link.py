@@ -5,6 +5,7 @@ import os
 import pickle
 import socket
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -51,19 +52,23 @@ class End:
 
     def __init__(self, connection: RawConnection, accepts: tuple[type, ...], **options: Any) -> None:
         self.connection = connection
-        self.link = Link(connection, "test", accepts, clock=anyio.current_time, **options)
+        self.link = Link(connection, "test", accepts, **({"clock": anyio.current_time} | options))
         self.received: list[object] = []
+        self.has_three = anyio.Event()
         self.lost: list[str] = []
 
+    def deliver(self, message: object) -> None:
+        self.received.append(message)
+        if len(self.received) == 3:
+            self.has_three.set()
+
     async def run(self) -> None:
-        await self.link.run(self.received.append, self.lost.append)
+        await self.link.run(self.deliver, self.lost.append)
 
 
 def make_ends(**options: Any) -> tuple[End, End]:
     left, right = pair()
-    return End(left, (SlotGrant, ConnectorOff), **options), End(
-        right, (BlocksFilled, LoadFinished, SegmentGrown, ConnectorOff), **options
-    )
+    return End(left, (SlotGrant, ConnectorOff), **options), End(right, (BlocksFilled, LoadFinished, SegmentGrown, ConnectorOff), **options)
 
 
 @asynccontextmanager
@@ -91,25 +96,26 @@ async def test_messages_arrive_in_order_both_ways() -> None:
     finished = [LoadFinished(job, 0, LoadOutcome.LOADED) for job in range(1000)]
     async with running(worker, hub):
         hub.link.send(GRANT)
-        for message in (FILLED, *finished, SegmentGrown(0, 9)):
+        worker.link.send(FILLED)
+        for message in finished:
             worker.link.send(message)
+        worker.link.send(SegmentGrown(0, 9))
         await settle()
         assert worker.received == [GRANT]
         assert hub.received == [FILLED, *finished, SegmentGrown(0, 9)]
 
 
+@pytest.mark.real_clock
 async def test_what_was_sent_before_it_ran_and_from_threads_arrives() -> None:
-    worker, hub = make_ends()
+    worker, hub = make_ends(clock=time.monotonic)
     worker.link.send(FILLED)
     thread = threading.Thread(target=worker.link.send, args=(SegmentGrown(0, 1),))
     thread.start()
     thread.join()
     async with running(worker, hub):
-        await settle()
-        thread = threading.Thread(target=worker.link.send, args=(SegmentGrown(0, 2),))
-        thread.start()
-        thread.join()
-        await settle()
+        await anyio.to_thread.run_sync(worker.link.send, SegmentGrown(0, 2))
+        with anyio.fail_after(30):
+            await hub.has_three.wait()
         assert hub.received == [FILLED, SegmentGrown(0, 1), SegmentGrown(0, 2)]
 
 
@@ -224,6 +230,17 @@ async def test_a_peer_that_breaks_the_protocol_is_lost_with_the_reason(data: byt
     hub_connection.close()
 
 
+async def test_last_words_are_the_reason_even_when_writing_fails_first() -> None:
+    hub_connection, worker_connection = pair()
+    worker = End(worker_connection, (SlotGrant,))
+    await hub_connection.send(encode(Goodbye("maintenance")))
+    hub_connection.close()
+    worker.link.send(FILLED)
+    async with running(worker):
+        await anyio.sleep(5)
+        assert worker.lost == ["the peer closed the link: maintenance"]
+
+
 async def test_close_writes_what_was_sent_says_goodbye_and_is_no_loss() -> None:
     worker, hub = make_ends()
     async with anyio.create_task_group() as tasks:
@@ -239,6 +256,18 @@ async def test_close_writes_what_was_sent_says_goodbye_and_is_no_loss() -> None:
     [lost] = worker.lost
     assert "closed the link" in lost
     hub.link.send(GRANT)
+
+
+async def test_a_peer_that_goes_while_this_end_closes_is_no_loss() -> None:
+    worker_connection, hub_connection = pair()
+    hub = End(hub_connection, (BlocksFilled,))
+    async with running(hub):
+        await settle()
+        hub.link.send(GRANT)
+        hub.link.close()
+        worker_connection.close()
+        await anyio.sleep(5)
+    assert hub.lost == []
 
 
 async def test_cancelling_is_no_loss_here_and_a_goodbye_there() -> None:

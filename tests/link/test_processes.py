@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import anyio
 import pytest
@@ -76,7 +77,7 @@ async def test_a_worker_that_is_killed_is_lost_once_and_its_exit_is_seen(worker:
     address = await anyio.to_thread.run_sync(address_of, worker)
     with anyio.fail_after(50):
         link, joined = await join_hub(await connect(address, 30), ledger)
-        assert not os.path.exists(os.path.dirname(address.path))
+        assert not Path(address.path).parent.exists()
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(link.run, hub.deliver, hub.lost.append)
             link.send(SlotGrant(1, (10, 11), (4, 5), (0, 0)))

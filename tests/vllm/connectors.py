@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import Any, ClassVar
 
-from kvoffload.connector.connector import KVOffloadConnector
+from kvoffload.connector import KVOffloadConnector
 from kvoffload.copy.engine import CopyEngine
 from kvoffload.testing.copy_faults import FaultyCopyEngine
 

@@ -6,14 +6,16 @@ One engine with a connector at a time may live in a process (vLLM keeps the work
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from kvoffload.testing.model import TINY, ModelShape, make_model
 from tests.vllm import environment
 from tests.vllm.outputs import Output
+
+from kvoffload.testing.model import TINY, ModelShape, make_model
 
 if TYPE_CHECKING:
     from kvoffload.testing.copy_faults import FaultyCopyEngine
@@ -25,11 +27,10 @@ LIKELIEST = 5
 class Engine:
     """A real `vllm.LLM`. ``arguments`` go to it; greedy sampling, token ids in and out."""
 
-    def __init__(
-        self, shape: ModelShape = TINY, *, processes: int = 1, transfer: dict[str, Any] | None = None, **arguments: Any
-    ) -> None:
+    def __init__(self, shape: ModelShape = TINY, *, processes: int = 1, transfer: dict[str, Any] | None = None, **arguments: Any) -> None:
         environment.prepare(processes)
         import torch
+
         from vllm import LLM
 
         torch.set_num_threads(1)  # also where somebody imported torch before
@@ -51,7 +52,8 @@ class Engine:
             usual["kv_transfer_config"] = transfer
         self.processes = processes
         self.block_size = int(arguments.get("block_size", BLOCK))
-        self.llm = LLM(model=str(make_model(environment.MODELS, shape)), **{**usual, **arguments})
+        with _numba_hidden():
+            self.llm = LLM(model=str(make_model(environment.MODELS, shape)), **{**usual, **arguments})
         self._engine: Any = self.llm.llm_engine
         self._count = 0
         self._order: list[str] = []
@@ -72,17 +74,13 @@ class Engine:
         self.run()
         return [self.take(name) for name in names]
 
-    def submit(
-        self, prompt: list[int], tokens: int = 8, *, salt: str | None = None, name: str | None = None, **sampling: Any
-    ) -> str:
+    def submit(self, prompt: list[int], tokens: int = 8, *, salt: str | None = None, name: str | None = None, **sampling: Any) -> str:
         """Hand in a request; it is worked on by `step`. Returns its name."""
         from vllm import SamplingParams
 
         self._count += 1
         name = name or f"request-{self._count}"
-        parameters = SamplingParams(
-            max_tokens=tokens, temperature=0.0, logprobs=LIKELIEST, ignore_eos=True, detokenize=False, **sampling
-        )
+        parameters = SamplingParams(max_tokens=tokens, temperature=0.0, logprobs=LIKELIEST, ignore_eos=True, detokenize=False, **sampling)
         question: dict[str, Any] = {"prompt_token_ids": list(prompt)}
         if salt is not None:
             question["cache_salt"] = salt
@@ -97,6 +95,18 @@ class Engine:
             if output.finished:
                 self._finished[output.request_id] = _read(output)
         return bool(self._engine.has_unfinished_requests())
+
+    def idle_steps(self, count: int) -> None:
+        """Steps of an engine whose requests have all ended for their callers, but maybe not for its scheduler; in process only."""
+        for _ in range(count):
+            self._engine.engine_core.get_output()
+
+    def step_until(self, condition: Callable[[], bool], limit: int = 5_000) -> None:
+        for _ in range(limit):
+            if condition():
+                return
+            self.step()
+        raise AssertionError(f"it did not come to that within {limit} steps")
 
     def run(self, limit: int = 20_000) -> None:
         """Until every request has ended."""
@@ -130,7 +140,7 @@ class Engine:
         assert self.llm.reset_prefix_cache(), "the engine's own cache could not be reset: blocks are still in use"
 
     def noise(self, seed: int = 0) -> None:
-        """Overwrite the engine's whole KV cache. Whatever still is to be read from it is spoilt: `flush` and `drop_engine_cache` first."""
+        """Overwrite the engine's whole KV cache, and spoil what is still to be read from it: `flush` and `drop_engine_cache` first."""
         [written] = self.llm.collective_rpc("kv_noise", args=(seed,))
         assert written > 0
 
@@ -176,12 +186,11 @@ class Engine:
 
     def cached_blocks(self, prompt: list[int], salt: str | None = None) -> list[int]:
         """The engine blocks in which vLLM's prefix cache has the start of this prompt, from the first on."""
-        from vllm import SamplingParams
         from vllm.v1.request import Request
 
-        request = Request(
-            "probe", list(prompt), SamplingParams(), None, cache_salt=salt, block_hasher=self.core.request_block_hasher
-        )
+        from vllm import SamplingParams
+
+        request = Request("probe", list(prompt), SamplingParams(), None, cache_salt=salt, block_hasher=self.core.request_block_hasher)
         pool = self.scheduler.kv_cache_manager.block_pool
         found = []
         for block_hash in request.block_hashes:
@@ -199,6 +208,10 @@ class Engine:
     def preemptions(self) -> int:
         """So far."""
         return sum(metric.value for metric in self.llm.get_metrics() if metric.name == "vllm:num_preemptions")
+
+    def l1(self) -> Any:
+        """`L1Statistics`."""
+        return self.connector.scheduler_half.host.hub.statistics()
 
     def assert_nothing_leaked(self) -> None:
         """vLLM holds no request and no block: everything that was promised to it was reported."""
@@ -220,6 +233,19 @@ class Engine:
         del self._engine, self.llm
         cleanup_dist_env_and_memory()
         gc.collect()
+
+
+@contextmanager
+def _numba_hidden() -> Iterator[None]:
+    """vLLM 0.32.0 on CPU dies at start where llvmlite was imported before it: it reads ``vars()`` of everything in every module
+    (`_rebind_kernels` in triton_utils/dispatcher.py), which llvmlite's wrapper of its library does not bear."""
+    name = "llvmlite.binding.ffi"
+    hidden = sys.modules.pop(name, None)
+    try:
+        yield
+    finally:
+        if hidden is not None:
+            sys.modules[name] = hidden
 
 
 def _read(output: Any) -> Output:

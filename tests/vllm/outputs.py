@@ -11,7 +11,7 @@ TOLERANCE = 2e-4
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Of one request: tokens said, the log probabilities of the likeliest ones at each, and how many prompt tokens were not computed."""
+    """Of one request: the tokens said, log probabilities of the likeliest ones at each, and how many prompt tokens were not computed."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[dict[int, float], ...]

@@ -15,7 +15,7 @@ def loadable(prompt: list[int], block: int) -> int:
 
 
 def compare_kv(engine: Engine, prompts: Sequence[list[int]], before: Sequence[list[bytes]], outputs: Sequence[Output]) -> int:
-    """The blocks that were not computed have, in the engine, byte for byte what they had when they were; returns how many were compared."""
+    """Blocks that were not computed have, in the engine, byte for byte what they had when they were; returns how many were compared."""
     compared = 0
     for prompt, old, output in zip(prompts, before, outputs, strict=True):
         new = engine.kv_of(prompt)
@@ -35,9 +35,7 @@ def check_roundtrip(engine: Engine, plain: Plain, prompts: Sequence[list[int]], 
     return check_hits(engine, plain, prompts, tokens, kv)
 
 
-def check_hits(
-    engine: Engine, plain: Plain, prompts: Sequence[list[int]], tokens: int = 8, kv: Sequence[list[bytes]] = ()
-) -> list[Output]:
+def check_hits(engine: Engine, plain: Plain, prompts: Sequence[list[int]], tokens: int = 8, kv: Sequence[list[bytes]] = ()) -> list[Output]:
     """Prompts that L1 has: all of each that can be loaded is loaded, with the bytes ``kv`` where they are given."""
     hits = engine.generate(prompts, tokens)
     assert_same(plain.generate(prompts, tokens), hits)

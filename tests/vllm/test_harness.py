@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-
 from tests.vllm.harness import BLOCK, Engine, engine
 from tests.vllm.outputs import Output, assert_same, difference
 from tests.vllm.plain import Plain
@@ -17,7 +16,7 @@ LENGTHS = [1, 31, 32, 33, 200, 500]
 
 
 @pytest.fixture(scope="module")
-def alone() -> Iterator[Engine]:
+def alone(plain: Plain) -> Iterator[Engine]:  # plain starts meanwhile
     with engine() as started:
         yield started
 
@@ -72,7 +71,7 @@ def test_blocks_of_two_prompts_exchanged(alone: Engine, plain: Plain) -> None:
 
 
 def test_blocks_of_one_prompt_exchanged(alone: Engine, plain: Plain) -> None:
-    """Attention adds up over all blocks, so the prompt itself says the same; only digests, and prompts that share less, can tell."""
+    """Attention adds up over all blocks, so the prompt itself says the same: only digests, and prompts that share less, can tell."""
     asked = prompt(300, "exchanged within")
     alone.generate([asked])
     digests, blocks = alone.kv_of(asked), alone.cached_blocks(asked)

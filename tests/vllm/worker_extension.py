@@ -13,7 +13,7 @@ class KVAccess:
     model_runner: Any
 
     def kv_noise(self, seed: int) -> int:
-        """Overwrite the whole KV cache, every layer and block, with noise that is finite and of usual size; returns the bytes written."""
+        """Overwrite the whole KV cache, every layer and block, with finite noise of usual size; returns the bytes written."""
         import torch
 
         generator = torch.Generator().manual_seed(seed)

@@ -20,13 +20,13 @@ def cpu_seconds() -> dict[str, float]:
 
 
 def thread_seconds(native_id: int, proc: Path = Path("/proc/self/task")) -> float:
-    """CPU time of one thread of this process: in nanoseconds where the kernel keeps schedstat, else in clock ticks. 0.0 when it is gone."""
+    """CPU time of one thread of this process, to the nanosecond where the kernel keeps schedstat. 0.0 when it is gone."""
     directory = proc / str(native_id)
     try:
         fields = (directory / "schedstat").read_text().split()
         if fields and fields[0] != "0":
             return int(fields[0]) / 1e9
-        # The name, in parentheses, may hold spaces: fields are counted from behind it. utime and stime are the 14th and 15th of all.
+        # Fields are counted from behind the name, which may hold spaces. utime and stime are the 14th and 15th of all.
         fields = (directory / "stat").read_text().rpartition(")")[2].split()
     except FileNotFoundError:
         return 0.0

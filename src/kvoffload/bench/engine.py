@@ -29,7 +29,7 @@ def run(quick: bool = False) -> list[Figure]:
 
 
 def measure(shape: ModelShape, directory: str, *, pairs: int, requests: int, tokens: int) -> tuple[list[float], dict[str, float]]:
-    """Throughput with kvoffload over plain vLLM's, pair by pair; and CPU seconds spent during kvoffload's runs, in all and by thread of ours."""
+    """Throughput with kvoffload over plain vLLM's, pair by pair; and kvoffload's engine's CPU seconds, in all and by thread of ours."""
     model = str(make_model(directory, shape))
     dtype = dtype_for_this_cpu()
     lengths = [330, 200, 450, 270]
@@ -70,7 +70,7 @@ def _figures(ratios: Sequence[float], cpu: dict[str, float]) -> list[Figure]:
             "of plain",
             f">= {RATIO_TARGET}",
             low >= RATIO_TARGET,
-            f"median {statistics.median(ratios):.3f}, bootstrap interval of it [{low:.3f}, {high:.3f}], {len(ratios)} alternating pairs",
+            f"median {statistics.median(ratios):.3f}, bootstrapped [{low:.3f}, {high:.3f}], {len(ratios)} alternating pairs",
         ),
         Figure(
             "engine: CPU time of our threads",

@@ -1,4 +1,4 @@
-"""The child of `kvoffload.bench.engine_process`: one vLLM engine, told what to do line by line. ``python -m kvoffload.bench.engine_child``."""
+"""The child of `kvoffload.bench.engine_process`: one vLLM engine, told what to do line by line."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 from kvoffload.bench.cpu_time import cpu_seconds
 from kvoffload.bench.engine_process import EngineOptions
 from kvoffload.bench.hook_timing import HookTimers
+from kvoffload.bench.remembered import remembered_match_us
 from kvoffload.errors import MisuseError, UnsupportedError
 from kvoffload.l1.states import State
 
@@ -44,8 +45,9 @@ class Engine:
     """The commands; arguments and results are what JSON can hold."""
 
     def __init__(self, options: EngineOptions) -> None:
-        import vllm
         from vllm.config import KVTransferConfig
+
+        import vllm
 
         self._options = options
         self._vllm = vllm
@@ -69,7 +71,7 @@ class Engine:
     # ------------------------------------------------------------ requests
 
     def generate(self, prompts: Sequence[Prompt], max_tokens: int = 1, load: bool = True) -> dict[str, Any]:
-        """Run ``prompts`` together, greedily: ``seconds`` for all, and per prompt its answer and counts. ``load`` False: computed in any case."""
+        """Run ``prompts`` together, greedily: ``seconds`` for all, and per prompt its answer. ``load`` False: computed in any case."""
         extra = None if load else {"kv_transfer_params": {"kvoffload": {"load": False}}}
         parameters = self._vllm.SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True, extra_args=extra)
         inputs: list[Any] = [prompt if isinstance(prompt, str) else {"prompt_token_ids": list(prompt)} for prompt in prompts]
@@ -121,7 +123,7 @@ class Engine:
         return get_kv_transfer_group()
 
     def flush(self) -> bool:
-        """Wait until everything saved so far is in L1. Where the connector is in another process, a moment that has been long enough."""
+        """Wait until everything saved so far is in L1. Where the connector is in another process: a moment."""
         if self._options.connector != "kvoffload":
             return True
         if self._options.multiprocessing:
@@ -163,6 +165,10 @@ class Engine:
             "off": half.side.off_reason,
         }
 
+    def remembered_match(self, rounds: int) -> float:
+        """Microseconds; it needs no engine, but vLLM's classes, and vLLM's import is not quiet."""
+        return remembered_match_us(rounds)
+
     def cpu(self) -> dict[str, float]:
         """CPU seconds so far: of this ``process``, and of kvoffload's threads in it, by name."""
         return cpu_seconds()
@@ -179,7 +185,7 @@ class Engine:
 
 
 def main() -> None:
-    # vLLM and its children print on what they inherit as standard output: that is the log, and the answers go where nobody else writes.
+    # vLLM and its children print on the standard output that they inherit: that becomes the log; answers go where nobody else writes.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     begun = time.perf_counter()

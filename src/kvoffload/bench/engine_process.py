@@ -1,7 +1,7 @@
 """A real vLLM on this CPU in a process of its own: what the demo and the benchmarks talk to.
 
-The child (`kvoffload.bench.engine_child`) makes one `LLM` and does what it is told, a JSON line in, a JSON line out. Its own output, vLLM's
-logs that is, goes to a file: nothing of it reaches the terminal, and the last lines of it are shown when it fails.
+The child (`kvoffload.bench.engine_child`) makes one `LLM` and does what it is told, a JSON line in, a JSON line out. Its own output,
+vLLM's logs that is, goes to a file: nothing of it reaches the terminal, and the last lines of it are shown when it fails.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class EngineOptions:
 
 
 def engine_environment(options: EngineOptions, environ: dict[str, str]) -> dict[str, str]:
-    """``environ`` for such an engine: one compute thread, no downloads, no usage reports, and no settings of ours that the user has set."""
+    """``environ`` for such an engine: one compute thread, no downloads, no usage reports, and none of the user's settings for us."""
     kept = {name: value for name, value in environ.items() if not name.startswith("KVOFFLOAD_")}
     return kept | {
         "OMP_NUM_THREADS": "1",
@@ -73,7 +73,7 @@ def dtype_for_this_cpu(cpuinfo: str | None = None) -> str:
 
 
 class EngineProcess:
-    """A context manager: the process ends with it, on any way out. Not thread-safe. Calls raise PeerError when the engine is gone."""
+    """A context manager: the process ends with it, on any way out. Calls raise PeerError when the engine is gone."""
 
     def __init__(self, options: EngineOptions, *, show_log: bool = False) -> None:
         self.options = options
@@ -96,7 +96,8 @@ class EngineProcess:
 
     def wait_ready(self) -> dict[str, Any]:
         """Until the engine has started: its facts, with ``seconds`` that it took."""
-        return self._answer()
+        facts: dict[str, Any] = self._answer()
+        return facts
 
     def call(self, command: str, **arguments: Any) -> Any:
         """Run a method of `kvoffload.bench.engine_child.Engine`; its result, as JSON brings it."""

@@ -59,7 +59,7 @@ class Recorded:
 
 
 class HookTimers:
-    """Wraps the hooks of the two instances; all calls are on vLLM's one thread. Only a call from vLLM counts, not one hook calling another."""
+    """Wraps the hooks of two instances; all calls are on vLLM's one thread. Only a call from vLLM counts, not one hook calling another."""
 
     def __init__(self, scheduler_side: Any) -> None:
         self._side = scheduler_side

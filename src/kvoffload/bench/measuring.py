@@ -24,11 +24,9 @@ def quantile(values: Sequence[float], share: float) -> float:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
-def bootstrap_interval(
-    values: Sequence[float], *, resamples: int = 5000, level: float = 0.95, seed: int = 1
-) -> tuple[float, float]:
-    """The percentile interval of the median of ``values``, by resampling them."""
+def bootstrap_interval(values: Sequence[float], *, resamples: int = 5000, seed: int = 1) -> tuple[float, float]:
+    """The 95 % percentile interval of the median of ``values``, by resampling them."""
     chooser = random.Random(seed)
     medians = sorted(statistics.median(chooser.choices(values, k=len(values))) for _ in range(resamples))
-    edge = (1 - level) / 2
+    edge = 0.025
     return medians[int(edge * resamples)], medians[min(resamples - 1, int((1 - edge) * resamples))]

@@ -29,14 +29,13 @@ def _run(options: argparse.Namespace) -> int:
         case "demo":
             from kvoffload.cli.demo import run_demo
 
-            return run_demo(
-                l1_bytes=int(options.l1_mb * (1 << 20)), multiprocessing=options.multiprocessing, verbose=options.verbose
-            )
+            l1_bytes = int(options.l1_mb * (1 << 20))
+            return run_demo(l1_bytes=l1_bytes, multiprocessing=options.multiprocessing, verbose=options.verbose)
         case "bench":
-            from kvoffload.cli.bench import run_benches
+            from kvoffload.cli.bench import run_benches, runners
 
             names = BENCHES if options.figure == "all" else (options.figure,)
-            return run_benches(names, quick=options.quick, as_json=options.json, strict=options.strict)
+            return run_benches(runners(names), quick=options.quick, as_json=options.json, strict=options.strict)
         case "config":
             from kvoffload.cli.settings import print_settings
 
@@ -52,9 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="see prompts come back from host memory, with real vLLM on this CPU")
     demo.add_argument("--l1-mb", type=_positive, default=256.0, metavar="MIB", help="host memory for blocks; try 48 (default: 256)")
-    demo.add_argument(
-        "--multiprocessing", action="store_true", help="vLLM's default on CPU, three processes; L1's counters are not shown then"
-    )
+    demo.add_argument("--multiprocessing", action="store_true", help="vLLM's default: several processes; shows no L1 counters")
     demo.add_argument("--verbose", action="store_true", help="show vLLM's own log")
 
     bench = commands.add_parser("bench", help="measure what kvoffload promises")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import import_module
 
@@ -15,15 +15,30 @@ from kvoffload.errors import KVOffloadError
 NAME_WIDTH = 52
 
 
-def run_benches(names: Sequence[str], *, quick: bool, as_json: bool, strict: bool) -> int:
+Runner = Callable[[bool], list[Figure]]
+
+
+def runners(names: Sequence[str]) -> dict[str, Runner]:
+    """The benchmarks of these names; their modules are imported when they run."""
+
+    def runner(name: str) -> Runner:
+        def run(quick: bool) -> list[Figure]:
+            found: list[Figure] = import_module(f"kvoffload.bench.{name}").run(quick)
+            return found
+
+        return run
+
+    return {name: runner(name) for name in names}
+
+
+def run_benches(benches: Mapping[str, Runner], *, quick: bool, as_json: bool, strict: bool) -> int:
     """Print the figures as they come. 1 when something could not be measured, or, with ``strict``, when a figure falls short."""
     failed: list[str] = []
     figures: list[Figure] = []
     if not as_json:
         print("  " + "figure".ljust(NAME_WIDTH) + "value".rjust(13) + "  " + "target".ljust(12) + "verdict")
         print("  " + "-" * (NAME_WIDTH + 13 + 2 + 12 + 11))
-    for name in names:
-        runner: Callable[[bool], list[Figure]] = import_module(f"kvoffload.bench.{name}").run
+    for name, runner in benches.items():
         try:
             with Progress(f"measuring: {name}", stream=sys.stderr, keep=False):
                 found = runner(quick)
@@ -42,13 +57,8 @@ def run_benches(names: Sequence[str], *, quick: bool, as_json: bool, strict: boo
 
 
 def _line(figure: Figure) -> str:
-    value = (
-        f"{figure.value:,.3f}"
-        if abs(figure.value) < 1
-        else f"{figure.value:,.2f}"
-        if abs(figure.value) < 100
-        else f"{figure.value:,.0f}"
-    )
+    digits = 3 if abs(figure.value) < 1 else 2 if abs(figure.value) < 100 else 0
+    value = f"{figure.value:,.{digits}f}"
     verdict = "pass" if figure.passed else "falls short"
     head = f"  {figure.name.ljust(NAME_WIDTH)}{f'{value} {figure.unit}'.rjust(13)}  {figure.target.ljust(12)}{verdict}"
     return head + (f"\n      {figure.detail}" if figure.detail else "")

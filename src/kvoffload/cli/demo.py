@@ -37,22 +37,10 @@ def run_demo(*, l1_bytes: int, multiprocessing: bool, verbose: bool) -> int:
         return 1
     try:
         with tempfile.TemporaryDirectory(prefix="kvoffload-demo-") as directory:
-            outcomes, l1, complaints = _run(directory, l1_bytes=l1_bytes, multiprocessing=multiprocessing, verbose=verbose)
+            outcomes = _run(directory, l1_bytes=l1_bytes, multiprocessing=multiprocessing, verbose=verbose)
     except KVOffloadError as error:
         print(f"\n  the demo failed: {error}", file=sys.stderr)
         return 1
-    for line in [
-        *_outcome_lines(outcomes),
-        "",
-        *_answer_lines(outcomes),
-        "",
-        *_l1_lines(l1),
-        *complaints,
-        "",
-        f"  {summary(outcomes)}",
-        "",
-    ]:
-        print(line)
     return 0 if is_success(outcomes) else 1
 
 
@@ -60,48 +48,59 @@ def is_success(outcomes: Sequence[Outcome]) -> bool:
     return all(outcome.is_same for outcome in outcomes) and any(outcome.from_l1 for outcome in outcomes)
 
 
-def _run(
-    directory: str, *, l1_bytes: int, multiprocessing: bool, verbose: bool
-) -> tuple[list[Outcome], Mapping[str, Any] | None, list[str]]:
+def _run(directory: str, *, l1_bytes: int, multiprocessing: bool, verbose: bool) -> list[Outcome]:
     with Progress("  making a tiny model: Llama, 8 layers, random weights", stream=sys.stdout):
         model = str(make_model(directory, R8))
-    options = EngineOptions(
-        model, dtype=dtype_for_this_cpu(), l1_bytes=l1_bytes, multiprocessing=multiprocessing, max_model_len=4096, count_tokens=True
-    )
+    dtype = dtype_for_this_cpu()
+    options = EngineOptions(model, dtype=dtype, l1_bytes=l1_bytes, multiprocessing=multiprocessing, max_model_len=4096, count_tokens=True)
     with EngineProcess(options, show_log=verbose) as engine:
-        with Progress("  starting vLLM with kvoffload (often 10 to 40 s)", stream=sys.stdout) as progress:
-            facts = engine.wait_ready()
-            off = engine.off_reason()
-            if off is not None:
-                raise KVOffloadError(f"kvoffload is off:\n{off}")
-            if not multiprocessing:
-                engine.call("wait_populated")
-            engine.call("generate", prompts=["the first prompt warms vLLM up"])
+        with Progress("  starting vLLM with kvoffload (10 to 60 s)", stream=sys.stdout) as progress:
+            facts = _start(engine)
             progress.done(f"vLLM {facts['vllm']}")
         prompts = demo_prompts()
         with Progress(f"  first time: {len(prompts)} long prompts, computed in full", stream=sys.stdout):
-            firsts = compute_all(engine, prompts, lambda index: None)
-        with Progress("  dropping vLLM's prefix cache", stream=sys.stdout):
+            firsts = compute_all(engine, prompts)
+        with Progress("  dropping vLLM's own prefix cache", stream=sys.stdout):
             drop_engine_cache(engine)
         with Progress("  second time: the same prompts", stream=sys.stdout):
-            outcomes = ask_again(engine, prompts, firsts, lambda index: None)
+            bytes_per_token = R8.kv_bytes_per_token * (2 if dtype == "float32" else 1)
+            outcomes = ask_again(engine, prompts, firsts, bytes_per_token)
         l1 = None if multiprocessing else engine.call("statistics") | facts
-        with Progress("  stopping vLLM", stream=sys.stdout):
-            engine.close()
-        complaints = [f"  In its log: {line}" for line in engine.log().splitlines() if "load not done" in line]
-    return outcomes, l1, complaints
+        not_loaded = [line for line in engine.log().splitlines() if "load not done" in line]
+        # Before the engine ends: that takes vLLM some seconds more.
+        print("\n".join(report_lines(outcomes, l1, not_loaded)), flush=True)
+    return outcomes
+
+
+def _start(engine: EngineProcess) -> Mapping[str, Any]:
+    facts = engine.wait_ready()
+    off = engine.off_reason()
+    if off is not None:
+        raise KVOffloadError(f"kvoffload is off:\n{off}")
+    if not engine.options.multiprocessing:
+        engine.call("wait_populated")
+    engine.call("generate", prompts=["the first prompt warms vLLM up"])
+    return facts
+
+
+def report_lines(outcomes: Sequence[Outcome], l1: Mapping[str, Any] | None, not_loaded: Sequence[str]) -> list[str]:
+    """All that is printed once everything was seen; ``l1`` are `Engine.statistics` and the engine's facts."""
+    lines = ["", "  The second time (vLLM: its own prefix cache; L1: kvoffload's host memory):", "", *_outcome_lines(outcomes)]
+    lines += ["", *_answer_lines(outcomes), "", *_l1_lines(l1), *(f"  From its log: {line}" for line in not_loaded)]
+    return [*lines, "", f"  {summary(outcomes)}", ""]
 
 
 def _outcome_lines(outcomes: Sequence[Outcome]) -> list[str]:
     heading = (
         "prompt",
         "tokens",
-        "from vLLM's\nown cache",
+        "from\nvLLM",
         "from\nL1",
         "computed\nagain",
-        "first token,\ncomputed",
-        "first token,\nloaded",
-        "faster",
+        "1st token\ncomputed",
+        "1st token\nloaded",
+        "\nfaster",
+        "moved\nfrom L1",
         "same\nanswer",
     )
     rows = [
@@ -114,15 +113,16 @@ def _outcome_lines(outcomes: Sequence[Outcome]) -> list[str]:
             human_seconds(outcome.computed_s),
             human_seconds(outcome.loaded_s),
             f"{outcome.computed_s / outcome.loaded_s:.0f}x",
+            human_bytes(outcome.bytes_loaded),
             "yes" if outcome.is_same else "NO",
         )
         for outcome in outcomes
     ]
-    return ["", "  The second time (L1 is kvoffload's host memory):", "", *table([heading, *rows])]
+    return table([heading, *rows])
 
 
 def _answer_lines(outcomes: Sequence[Outcome]) -> list[str]:
-    lines = ["  How the answers begin (random weights say random words, but each depends on every block before it):", ""]
+    lines = ["  How the answers begin (random weights, random words; but each depends on every block):", ""]
     for outcome in outcomes:
         first, second = (" ".join(text.split()[:6]) for text in (outcome.first_text, outcome.second_text))
         told = "the same again" if outcome.is_same else f'then "{second} ..."'
@@ -136,13 +136,15 @@ def _l1_lines(l1: Mapping[str, Any] | None) -> list[str]:
     slot = l1["slot_bytes"]
     share = 100 * l1["ready"] / l1["capacity"] if l1["capacity"] else 0.0
     lines = [
-        f"  L1: {l1['ready']} of {l1['capacity']} slots hold a block, {human_bytes(l1['ready'] * slot)} of "
-        f"{human_bytes(l1['capacity'] * slot)} ({share:.0f} %). A block is {l1['block_size']} tokens, {human_bytes(l1['block_bytes'])}.",
+        f"  L1: {l1['ready']} of {l1['capacity']} slots hold a block ({share:.0f} %), {human_bytes(l1['ready'] * slot)} of "
+        f"{human_bytes(l1['capacity'] * slot)}; a block is {l1['block_size']} tokens.",
         f"  Saved: {l1['committed']} blocks; {l1['shared']} more were there already; {l1['evictions']} left to make room.",
     ]
     refused = [f"{count} blocks: {REASONS.get(reason, reason)}" for reason, count in l1["refused"].items()]
     refused += [f"{count} requests were not answered from L1: {reason}" for reason, count in l1["unanswered"].items()]
-    return [*lines, f"  Refused: {'; '.join(refused) if refused else 'nothing'}."]
+    if not refused:
+        return [*lines, "  Refused: nothing."]
+    return [*lines, "  Refused:", *(f"    {line}" for line in refused)]
 
 
 def summary(outcomes: Sequence[Outcome]) -> str:
@@ -155,6 +157,7 @@ def summary(outcomes: Sequence[Outcome]) -> str:
         return "FAILED: nothing came from L1."
     faster = sum(outcome.computed_s for outcome in outcomes) / sum(outcome.loaded_s for outcome in outcomes)
     return (
-        f"Of {tokens:,} prompt tokens {loaded:,} came back from host memory, {engine:,} from vLLM's own cache, and\n"
-        f"  {tokens - loaded - engine:,} were computed again: first tokens came {faster:.0f} times sooner, and every answer was the same."
+        f"Of {tokens:,} prompt tokens {loaded:,} came back from host memory, {engine:,} from vLLM's own cache,\n"
+        f"  and {tokens - loaded - engine:,} were computed again: first tokens came {faster:.0f} times sooner,\n"
+        "  and every answer was the same."
     )

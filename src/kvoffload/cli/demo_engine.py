@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +25,7 @@ class Outcome:
     loaded_s: float
     first_text: str
     second_text: str
+    bytes_loaded: int
     is_same: bool
 
     @property
@@ -44,11 +45,10 @@ class Answer:
     text: str
 
 
-def compute_all(engine: EngineProcess, prompts: Sequence[DemoPrompt], tell: Callable[[int], None]) -> list[Answer]:
+def compute_all(engine: EngineProcess, prompts: Sequence[DemoPrompt]) -> list[Answer]:
     """Every prompt with no cache at all: the engine's is dropped before each, and kvoffload is told to save but not to load."""
     answers = []
-    for index, prompt in enumerate(prompts):
-        tell(index)
+    for prompt in prompts:
         drop_engine_cache(engine)
         answers.append(_ask(engine, prompt, load=False))
     if not engine.call("flush"):
@@ -56,13 +56,10 @@ def compute_all(engine: EngineProcess, prompts: Sequence[DemoPrompt], tell: Call
     return answers
 
 
-def ask_again(
-    engine: EngineProcess, prompts: Sequence[DemoPrompt], firsts: Sequence[Answer], tell: Callable[[int], None]
-) -> list[Outcome]:
+def ask_again(engine: EngineProcess, prompts: Sequence[DemoPrompt], firsts: Sequence[Answer], bytes_per_token: int) -> list[Outcome]:
     """Every prompt as any request: vLLM uses its own cache first, then what kvoffload has."""
     outcomes = []
-    for index, (prompt, first) in enumerate(zip(prompts, firsts, strict=True)):
-        tell(index)
+    for prompt, first in zip(prompts, firsts, strict=True):
         second = _ask(engine, prompt, load=True)
         outcomes.append(
             Outcome(
@@ -74,6 +71,7 @@ def ask_again(
                 second.first_token_s,
                 first.text,
                 second.text,
+                second.from_l1 * bytes_per_token,
                 first.output == second.output,
             )
         )

@@ -32,9 +32,9 @@ def demo_prompts(seed: int = 4) -> list[DemoPrompt]:
 
     opening = words(SHARED_WORDS)
     return [
-        DemoPrompt("manual + question 1", f"{opening} {words(620)}", shares_opening=True),
-        DemoPrompt("manual + question 2", f"{opening} {words(250)}", shares_opening=True),
-        DemoPrompt("manual + question 3", f"{opening} {words(1050)}", shares_opening=True),
+        DemoPrompt("manual, question 1", f"{opening} {words(630)}", shares_opening=True),
+        DemoPrompt("manual, question 2", f"{opening} {words(250)}", shares_opening=True),
+        DemoPrompt("manual, question 3", f"{opening} {words(1050)}", shares_opening=True),
         DemoPrompt("a long report", words(3470)),
         DemoPrompt("a conversation", words(2580)),
     ]

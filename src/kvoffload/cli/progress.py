@@ -9,7 +9,7 @@ from typing import Self, TextIO
 
 
 class Progress:
-    """A context manager. On a terminal the line counts the seconds; elsewhere it is printed once, with its end. `done` sets what the end says.
+    """A context manager. On a terminal the line counts the seconds; elsewhere it is printed once. `done` sets what its end says.
 
     ``keep`` False: the line vanishes at the end, and is not printed where it could not.
     """

@@ -17,14 +17,12 @@ def table(rows: Sequence[Sequence[str]], *, left: Sequence[int] = (0,), gap: int
     top = [[cell[line] for cell in lines] for line in range(height)]
     widths = [max(len(row[column]) for row in [*top, *rows[1:]]) for column in range(len(rows[0]))]
     rule = ["-" * width for width in widths]
-    aligned = [
-        (" " * gap).join(
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in [*top, rule, *rows[1:]]
-    ]
-    return [(" " * indent + line).rstrip() for line in aligned]
+
+    def aligned(row: Sequence[str]) -> str:
+        cells = enumerate(zip(row, widths, strict=True))
+        return (" " * gap).join(cell.ljust(width) if column in left else cell.rjust(width) for column, (cell, width) in cells)
+
+    return [(" " * indent + aligned(row)).rstrip() for row in [*top, rule, *rows[1:]]]
 
 
 def human_bytes(count: float) -> str:

@@ -33,7 +33,7 @@ log = get_logger("connector")
 
 def _withdraw_all(self: KVOffloadConnector, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
     if num_external_tokens and self.scheduler_half is not None:
-        self.scheduler_half.side.plan_withdrawn(request.request_id, blocks.get_block_ids()[0])
+        self.scheduler_half.side.plan_withdrawn(request.request_id, blocks.get_block_ids()[0], num_external_tokens)
 
 
 def _empty_step(self: KVOffloadConnector, output: SchedulerOutput) -> StepMetadata:

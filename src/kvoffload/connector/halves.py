@@ -124,7 +124,7 @@ class WorkerHalf:
         if self.host is None or self._off_reason is not None:
             return WorkerHandshake(self._rank, off_reason=self._off_reason or "vLLM registered no KV cache")
         address = self.host.address
-        return WorkerHandshake(self._rank, address.path, address.pid, address.token)
+        return WorkerHandshake(self._rank, address.name, address.pid, address.token)
 
     def turn_off(self, reason: str) -> None:
         self._off_reason = self._off_reason or reason

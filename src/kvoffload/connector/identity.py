@@ -73,9 +73,7 @@ def namespace_items(
     items.add("multimodal", lambda: _multimodal(model, cache))
     items.add("draft", lambda: _draft(vllm_config))
     items.add("additional config", lambda: plain(vllm_config.additional_config) or None)
-    items.add(
-        "kv dtype", lambda: [vllm_config.cache_config.cache_dtype, plain(vllm_config.cache_config.kv_cache_dtype_skip_layers)]
-    )
+    items.add("kv dtype", lambda: [vllm_config.cache_config.cache_dtype, plain(vllm_config.cache_config.kv_cache_dtype_skip_layers)])
     items.add("kv layout", lambda: kv_cache_config.kv_cache_layout)
     items.add("kv layers", lambda: [_group(group) for group in kv_cache_config.kv_cache_groups])
     items.add("attention", lambda: [_attention(vllm_config, group.kv_cache_spec) for group in kv_cache_config.kv_cache_groups])

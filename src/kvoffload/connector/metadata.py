@@ -35,10 +35,10 @@ class WorkerHandshake(KVConnectorHandshakeMetadata):
     """How the hub finds this worker half; ``off_reason`` instead where the worker half refuses to work."""
 
     rank: int
-    path: str = ""
+    name: str = ""
     pid: int = 0
     token: bytes = field(default=b"", repr=False)
     off_reason: str | None = None
 
     def address(self) -> LinkAddress:
-        return LinkAddress(self.path, self.pid, self.token)
+        return LinkAddress(self.name, self.pid, self.token)

@@ -109,7 +109,7 @@ class SchedulerSide:
         if record is None:
             return 0, False
         record.local_tokens = num_computed_tokens
-        self._notice_preemption(record)
+        self._notice_changes(record)
         if not record.may_load or self.off_reason is not None:
             return 0, False
         tokens = self.matcher.answer(record, num_computed_tokens, engine_is_idle=not self._live)
@@ -123,11 +123,13 @@ class SchedulerSide:
         # Before a load has been reported vLLM's own count is the loaded one, afterwards nobody asks us: what lies behind either is new.
         known = record.local_tokens if record is not None and not request.num_computed_tokens else request.num_computed_tokens
         self._ledger.bump(ids[known // size :])
-        self._live.add(request_id)
         if record is None:
+            self._live.add(request_id)
             if num_external_tokens:
-                self.plan_withdrawn(request_id, ids)
+                self.plan_withdrawn(request_id, ids, num_external_tokens)
             return
+        self._notice_changes(record)
+        self._live.add(request_id)
         hit = self.matcher.take_hit(record)
         if not num_external_tokens:
             if hit is not None:
@@ -138,7 +140,7 @@ class SchedulerSide:
         self._count_query(request, record.local_tokens, num_external_tokens)
         if hit is None or not record.has_credit:
             log.error("vLLM took tokens that were not promised", request=request_id, tokens=num_external_tokens)
-            self.plan_withdrawn(request_id, ids[known // size :])
+            self.plan_withdrawn(request_id, ids, num_external_tokens)
             return
         first = known // size
         count = -(-num_external_tokens // size)
@@ -150,9 +152,10 @@ class SchedulerSide:
         self._loading[request_id] = load
         self.counters.loads += 1
 
-    def plan_withdrawn(self, request_id: str, blocks: list[int]) -> None:
-        """Never to happen: vLLM waits for a load that nobody can do. It is reported failed, so that vLLM computes."""
-        load = PlannedLoad(self._next_job(), request_id, (), tuple(blocks), withdrawn=True)
+    def plan_withdrawn(self, request_id: str, blocks: list[int], num_external_tokens: int) -> None:
+        """Never to happen: vLLM waits for a load that nobody can do, into the last of ``blocks``. Reported failed, so that vLLM computes."""
+        count = -(-num_external_tokens // self._settings.block_size)
+        load = PlannedLoad(self._next_job(), request_id, (), tuple(blocks[-count:]), withdrawn=True)
         self._planned.append(load)
         self._loading[request_id] = load
 
@@ -192,16 +195,19 @@ class SchedulerSide:
         for request_id in output.preempted_req_ids or ():
             record = self.records.get(request_id)
             if record is not None:
-                self._notice_preemption(record)
+                self._notice_changes(record)
         self._bump(output)
         saves = self.saver.plan(output, self.records) if self.off_reason is None else ()
         return StepMetadata(saves, self.take_planned(), not output.total_num_scheduled_tokens)
 
-    def _notice_preemption(self, record: RequestRecord) -> None:
-        """Once per preemption: after a reset vLLM admits a request again before it says that it was preempted."""
+    def _notice_changes(self, record: RequestRecord) -> None:
+        """A preemption, once: after a reset vLLM admits a request again before it says that it was preempted. A session's next input."""
         if record.refresh():
             self._live.discard(record.request_id)
             self.matcher.restart(record)
+            record.extras = self._identify(record.request)
+            if record.extras is None:
+                record.may_save = record.may_load = False
 
     def take_planned(self) -> tuple[PlannedLoad, ...]:
         """The loads that were promised since the last step."""
@@ -231,7 +237,7 @@ class SchedulerSide:
                         if record is not None:
                             self.saver.offer_again(record, self._step)
                 case ConnectorOff():
-                    self.turn_off(message.reason)
+                    self.turn_off(message.reason, on_purpose=message.on_purpose)
 
     # ------------------------------------------------------------ ends
 
@@ -247,11 +253,11 @@ class SchedulerSide:
                 record.may_save = False
         self._planned = [PlannedLoad(load.job, load.request, load.slots, load.blocks, withdrawn=True) for load in self._planned]
 
-    def turn_off(self, reason: str) -> None:
+    def turn_off(self, reason: str, *, on_purpose: bool = False) -> None:
         """No new promise and no new save from here on. The ledger and the promised loads go on."""
         if self.off_reason is None:
             self.off_reason = reason
-            log.error("connector off: vLLM goes on without kvoffload", reason=reason)
+            (log.info if on_purpose else log.error)("connector off: vLLM goes on without kvoffload", reason=reason)
 
     @property
     def has_pending_loads(self) -> bool:

@@ -144,9 +144,7 @@ class CopyHands:
             self._engine.load(_ids(message.slots), _ids(message.blocks), message.after)
             outcome = LoadOutcome.LOADED
         except Exception:
-            self._log.exception(
-                "a load failed: vLLM computes its blocks", job=job.job, request=job.request, blocks=len(message.blocks)
-            )
+            self._log.exception("a load failed: vLLM computes its blocks", job=job.job, request=job.request, blocks=len(message.blocks))
         finally:  # also for a crash, which goes on upwards
             with self._lock:
                 job.state = LoadState.ENDED
@@ -330,9 +328,10 @@ class CopyHands:
             if self.crashed is not None:
                 return
             self.crashed = error
-        self._log.error("copying crashed: kvoffload stops", rank=self._config.rank, exc_info=error)
+            self._takes_loads = self._takes_saves = False
         self.stop_saving()
         self.withdraw_all_unstarted()
+        self._log.error("copying crashed: kvoffload stops", rank=self._config.rank, exc_info=error)
         self._call(self._report, HandsCrashed(error))
 
     def _call(self, port: Callable[[_FactT], None], fact: _FactT) -> None:

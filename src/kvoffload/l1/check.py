@@ -35,9 +35,7 @@ def _check_counts(parts: Parts) -> None:
     _require([counted[state] for state in State] == table.counts, "slots by state are", counted, "and not", table.counts)
     free = set(table.free)
     _require(len(free) == len(table.free), "a slot is in the free list twice")
-    _require(
-        free == {slot for slot in range(table.fresh) if table.state[slot] == State.FREE}, "the free list is not the FREE slots"
-    )
+    _require(free == {slot for slot in range(table.fresh) if table.state[slot] == State.FREE}, "the free list is not the FREE slots")
 
 
 def _check_index(parts: Parts) -> None:
@@ -63,9 +61,7 @@ def _check_families(parts: Parts) -> None:
     for parent, family in children.items():
         _require(all(table.parent[child] == parent for child in family), "a child of slot", parent, "has another parent")
         before = [NONE if len(family) == 1 else family[-1], *family[:-1]]
-        _require(
-            [table.previous_sibling[child] for child in family] == before, "the children of slot", parent, "are linked wrongly"
-        )
+        _require([table.previous_sibling[child] for child in family] == before, "the children of slot", parent, "are linked wrongly")
     listed = {child for family in children.values() for child in family}
     for slot in range(table.usable):
         state, parent = State(table.state[slot]), table.parent[slot]
@@ -99,9 +95,7 @@ def _check_guards(parts: Parts) -> None:
                 break
             slot = table.parent[slot]
     for slot in range(table.usable):
-        _require(
-            table.guard[slot] == expected[slot], "slot", slot, "has guard", table.guard[slot], "and should have", expected[slot]
-        )
+        _require(table.guard[slot] == expected[slot], "slot", slot, "has guard", table.guard[slot], "and should have", expected[slot])
         if expected[slot]:
             _require(table.state[slot] in (State.READY, State.CONDEMNED), "slot", slot, "is pinned and", State(table.state[slot]))
         else:
@@ -115,8 +109,6 @@ def _check_jobs(parts: Parts) -> None:
     owned = [slot for save in parts.inflight.saves.values() for slot in save.slots]
     held = {slot for slot in range(table.usable) if table.state[slot] in (State.FILLING, State.DOOMED, State.QUARANTINED)}
     _require(len(owned) == len(set(owned)), "two saves fill one slot")
-    _require(
-        set(owned) == held, "slots", sorted(held ^ set(owned)), "are being filled by no save, or are in a save and not being filled"
-    )
+    _require(set(owned) == held, "slots", sorted(held ^ set(owned)), "are being filled by no save, or are in a save and not being filled")
     if not owned:
         _require(not table.counts[State.FILLED], "slots are FILLED, and nothing that they could wait for is being filled")

@@ -29,16 +29,7 @@ from kvoffload.messages import (
 )
 
 L1Message = (
-    ReserveSlots
-    | MatchPrefix
-    | StartLoad
-    | ReleaseHit
-    | ForgetRequest
-    | ResetCache
-    | BlocksFilled
-    | LoadFinished
-    | SegmentGrown
-    | RankLost
+    ReserveSlots | MatchPrefix | StartLoad | ReleaseHit | ForgetRequest | ResetCache | BlocksFilled | LoadFinished | SegmentGrown | RankLost
 )
 """All that `L1Core.handle` takes; `Flush` and `Drain` are the shell's."""
 

@@ -44,6 +44,12 @@ class KeyIndex:
         """
         shards = self.shards
         low, high = start, len(keys)
+        if low < high:  # often there is nothing at all: see at once
+            key = keys[low]
+            slot = shards[key[0]].get(key, NONE)
+            if slot < 0 or state[slot] < floor:
+                return low
+            low += 1
         while low < high:
             middle = (low + high) >> 1
             key = keys[middle]

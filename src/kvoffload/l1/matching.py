@@ -28,9 +28,7 @@ def match(parts: Parts, message: MatchPrefix, generation: int, now: float) -> Pr
             reason = HitReason.HIT
             chain = parts.slots.chain(deepest)
             if len(chain) != length:
-                raise InternalError(
-                    f"request {message.request}: its keys are no chain, block {length} is block {len(chain)} of its prefix"
-                )
+                raise InternalError(f"request {message.request}: its keys are no chain, block {length} is block {len(chain)} of its prefix")
             parts.policy.touch(reversed(chain))
             slots = tuple(chain)
     counts.matches[reason] += 1

@@ -48,9 +48,7 @@ class Parts:
         self.config = config
         self.slots = SlotTable(capacity)
         self.index = KeyIndex()
-        self.policy: EvictionPolicy = make_policy(
-            config.policy, capacity, cast("Sequence[BlockKey]", self.slots.keys), config.small_ratio
-        )
+        self.policy: EvictionPolicy = make_policy(config.policy, capacity, cast("Sequence[BlockKey]", self.slots.keys), config.small_ratio)
         self.evictor = Evictor(self.slots, self.index, self.policy)
         self.inflight = Inflight(config.ranks)
         self.leases = Leases(self.slots)

@@ -89,7 +89,8 @@ class WorkerHost:
         await joined.run(self.runtime.deliver, self._lose_hub)
 
     def _lose_hub(self, reason: str) -> None:
-        self.runtime.turn_off(f"the link to the hub is lost: {reason}")
+        assert self._link is not None
+        self.runtime.turn_off(f"the link to the hub is lost: {reason}", on_purpose=self._link.peer_left)
 
     def _hello(self) -> link.Hello:
         rank = self.runtime.rank
@@ -154,7 +155,7 @@ class HubHost:
         reports = self.hub.open(hello.capacity_slots, [port], self._loop.call_soon, self._loop.heartbeat)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self.hub.run)
-            await joined.run(reports.owe, lambda reason: self.hub.lose_rank(hello.rank, reason))
+            await joined.run(reports.owe, lambda reason: self.hub.lose_rank(hello.rank, reason, on_purpose=joined.peer_left))
 
     def close(self, timeout_s: float) -> None:
         self.hub.close()

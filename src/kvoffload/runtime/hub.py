@@ -67,22 +67,22 @@ class HubRuntime:
         policy = RestartPolicy(restarts=0, escalate=lambda child, error: self.turn_off(f"{child} crashed: {error!r}"))
         await Supervisor([Child("l1_manager", self._opened.manager.run, policy)]).run()
 
-    def turn_off(self, reason: str) -> None:
-        """No new promise from here on; both halves are told. On the loop."""
+    def turn_off(self, reason: str, *, on_purpose: bool = False) -> None:
+        """No new promise from here on; both halves are told. On the loop. ``on_purpose``: the engine is being shut down."""
         if self.off_reason is not None:
             return
         self.off_reason = reason
-        log.error("connector off: vLLM goes on without kvoffload", reason=reason)
-        message = ConnectorOff(reason)
+        (log.info if on_purpose else log.error)("connector off: vLLM goes on without kvoffload", reason=reason)
+        message = ConnectorOff(reason, on_purpose)
         self._on_answer(message)
         for rank in self._opened.ranks if self._opened is not None else ():
             rank.send(message)
 
-    def lose_rank(self, rank: int, reason: str) -> None:
+    def lose_rank(self, rank: int, reason: str, *, on_purpose: bool = False) -> None:
         """On the loop: this rank will not report any more, though its process may still use its slots."""
         if self._opened is not None:
             self._opened.reports.owe(RankLost(rank, reason))
-        self.turn_off(f"rank {rank} is lost: {reason}")
+        self.turn_off(f"rank {rank} is lost: {reason}", on_purpose=on_purpose)
 
     def close(self) -> None:
         """Let `run` end once what was posted has been handled."""

@@ -119,12 +119,13 @@ class WorkerRuntime:
         if grown is not None:
             to_l1(grown)
 
-    def turn_off(self, reason: str) -> None:
+    def turn_off(self, reason: str, *, on_purpose: bool = False) -> None:
         """Save nothing more, start no load that has not started; running copies end. From any thread."""
         if self.off_reason is not None:
             return
         self.off_reason = reason
-        log.error("connector off on this rank: vLLM goes on without kvoffload", rank=self.rank.number, reason=reason)
+        say = log.info if on_purpose else log.error
+        say("connector off on this rank: vLLM goes on without kvoffload", rank=self.rank.number, reason=reason)
         self.hands.stop_saving()
         self.hands.withdraw_all_unstarted()
 
@@ -147,7 +148,7 @@ class WorkerRuntime:
         if isinstance(message, SlotGrant):
             self._grants.owe(message)
         else:
-            self.turn_off(message.reason)
+            self.turn_off(message.reason, on_purpose=message.on_purpose)
 
     def _report(self, message: FromGpuCopy) -> None:
         """On the loop, from GpuCopy. Before the hub is there only growth has happened."""

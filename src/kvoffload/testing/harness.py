@@ -37,6 +37,11 @@ class Outcome:
     loads: Counter[str] = field(default_factory=Counter)
     saved_blocks: int = 0
     preemptions: int = 0
+    aborts: int = 0
+    resets: int = 0
+    """Those that succeeded, so that the weights changed."""
+    sessions: int = 0
+    """Inputs of streaming sessions, after the first."""
     evictions: int = 0
     drops: Counter[str] = field(default_factory=Counter)
     zeros: Counter[str] = field(default_factory=Counter)
@@ -53,6 +58,7 @@ class Life:
     def __init__(self, simulation: Simulation) -> None:
         self.simulation = simulation
         self._rng = simulation.rng
+        self.aborts = self.inputs = 0
         self._number = 0
         self._sessions: set[str] = set()
         self._documents = [[self._rng.randrange(100, 1000) for _ in range(LONGEST_PROMPT)] for _ in range(5)]
@@ -72,8 +78,8 @@ class Life:
                 (1.5, self._change_frozen),
                 (1.5, self._change_load_hold),
                 (1.5, self._change_save_hold),
-                (0.01, simulation.crash_copies),
-                (0.01, simulation.kill_hub),
+                (0.03, simulation.crash_copies),
+                (0.03, simulation.kill_hub),
             ]
         self._weights = [weight for weight, _ in simulation_actions]
         self._actions = [action for _, action in simulation_actions]
@@ -133,6 +139,7 @@ class Life:
         if names:
             name = self._rng.choice(names)
             self._sessions.discard(name)
+            self.aborts += 1
             self.simulation.abort(name)
 
     def _feed_session(self) -> None:
@@ -149,6 +156,7 @@ class Life:
             self._end_session(name)
             return
         tokens = [self._rng.randrange(100, 1000) for _ in range(more)]
+        self.inputs += 1
         self.simulation.add(make_request(name, tokens, self._rng.choice([1, 5, 20]), salt=request.cache_salt, resumable=True))
 
     def _end_session(self, name: str) -> None:
@@ -207,8 +215,9 @@ def run(
     simulation = Simulation(settings, scheduler_side, worker_side)
     if prepare is not None:
         prepare(simulation)
+    life = Life(simulation)
     try:
-        Life(simulation).live()
+        life.live()
     except Exception as error:
         error.add_note(f"seed {settings.seed}: {settings}")
         error.add_note(simulation.trace.report(getattr(error, "tags", ())))
@@ -221,6 +230,9 @@ def run(
         loads=Counter({outcome.name: count for outcome, count in simulation.copies.finished_loads.items()}),
         saved_blocks=simulation.copies.saved_blocks,
         preemptions=simulation.oracle.preemptions,
+        aborts=life.aborts,
+        resets=simulation.worker.version,
+        sessions=life.inputs,
         evictions=statistics.evictions,
         drops=Counter({reason.value: count for reason, count in statistics.drops.items()}),
         zeros=Counter(simulation.side.matcher.zero_reasons),

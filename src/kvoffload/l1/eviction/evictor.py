@@ -43,6 +43,7 @@ class Evictor:
 
     def begin(self) -> None:
         """A new reservation: the limits are fresh."""
+        self._policy.begin()
         self._sent_back.clear()
         self._skips = SKIPS
         self._steps = STEPS
@@ -69,10 +70,12 @@ class Evictor:
                 look = min(2 * look, LOOK)
                 continue
             look = 1
-            tail = self._instead_of(named[len(keys)])
-            if tail >= 0:
-                policy.take_out(tail, self._leave([tail])[0])
-                victims.append(tail)
+            tails = self._instead_of(named[len(keys)], min(LOOK, count - len(victims)))
+            if tails:
+                keys = self._leave(tails)
+                victims += tails[: len(keys)]
+                for slot, key in zip(tails, keys, strict=False):
+                    policy.take_out(slot, key)
                 idle = 0
             else:
                 idle += 1
@@ -112,22 +115,25 @@ class Evictor:
                     self._chain = NONE
         return left
 
-    def _instead_of(self, named: int) -> int:
-        """What goes in place of a slot that cannot go itself; NONE: ask the policy again, if any skips are left."""
+    def _instead_of(self, named: int, limit: int) -> list[int]:
+        """What may go in place of a slot that cannot go itself; nothing: ask the policy again, if any skips are left."""
         if not self._slots.guard[named]:
             if named != self._chain and named not in self._sent_back and len(self._sent_back) < BACKS:
                 self._sent_back.add(named)
                 self._policy.send_back(named)
-                return NONE
-            tail = self._tail(named)
-            if tail >= 0:
-                return tail
+                return []
+            tails = self._tails(named, limit)
+            if tails:
+                return tails
+            if self._steps <= 0:
+                self._skips = 0  # so far for now: the next reservation goes on from there
+                return []
         self._policy.keep(named)
         self._skips -= 1
-        return NONE
+        return []
 
-    def _tail(self, named: int) -> int:
-        """The end of the chain of an unprotected slot, if it can go."""
+    def _tails(self, named: int, limit: int) -> list[int]:
+        """The end of the chain of an unprotected slot, if it can go, and what is above it, which can unless it has more children."""
         first_child, next_sibling, state = self._slots.first_child, self._slots.next_sibling, self._slots.state
         slot = self._end if named == self._chain else named
         while self._steps > 0:
@@ -141,4 +147,10 @@ class Evictor:
             self._steps -= 1
         self._chain, self._end = named, slot
         # The parent of what is being reserved is held by its own guard alone, so that it may be met here.
-        return slot if first_child[slot] < 0 and not self._slots.guard[slot] else NONE
+        if first_child[slot] >= 0 or self._slots.guard[slot]:
+            return []
+        tails = [slot]
+        while slot != named and len(tails) < limit:
+            slot = self._slots.parent[slot]
+            tails.append(slot)
+        return tails

@@ -39,9 +39,10 @@ class Ghosts:
     def add(self, keys: Iterable[BlockKey]) -> None:
         """These keys were evicted, in this order."""
         tags, when, mask, now = self.tags, self._when, self.mask, self._now
-        for now, digest in enumerate(map(hash, keys), now + 1):
+        for digest in map(hash, keys):
             at = digest & mask
             tags[at] = digest >> 32
+            now += 1
             when[at] = now
         self._now = now
         if now > _FOREVER - (1 << 24):  # the numbers run out: begin again, knowing nothing

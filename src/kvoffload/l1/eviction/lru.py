@@ -53,6 +53,9 @@ class LRU:
             after[slot] = head
             before[head] = slot
 
+    def begin(self) -> None:
+        """Nothing to bound."""
+
     def names(self, limit: int) -> list[int]:
         after = self._after
         found: list[int] = []

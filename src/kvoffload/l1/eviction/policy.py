@@ -27,6 +27,9 @@ class EvictionPolicy(Protocol):
     def touch(self, slots: Iterable[int]) -> None:
         """These were used again; all of them are in the order."""
 
+    def begin(self) -> None:
+        """A new reservation: what the policy may do to find who goes is bounded per reservation."""
+
     def names(self, limit: int) -> list[int]:
         """The slots to evict next, each if those before it are: up to ``limit``, at least one unless there is none.
 

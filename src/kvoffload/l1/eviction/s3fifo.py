@@ -14,8 +14,8 @@ from kvoffload.messages import BlockKey
 HOTTEST = 3
 """A slot's uses are counted up to this."""
 
-CHANCES = 6
-"""How many used slots one call of `S3FIFO.name` gives another round; then the next goes though it was used. The paper's loop has no
+CHANCES = 1_000
+"""How many used slots get another round in one reservation; behind that slots go in their order, used or not. The paper's loop has no
 bound, and at a million slots, all of them hot, it would stop the actor for a third of a second."""
 
 # A slot's row in ``_heat``: its uses, plus the queue it is in. Rows of slots that are in none mean nothing.
@@ -44,6 +44,7 @@ class S3FIFO:
         self._head = capacity
         self.ghosts = Ghosts(capacity)
         self._small_share = 1
+        self._chances = CHANCES
         self.clear()
 
     def __len__(self) -> int:
@@ -52,7 +53,7 @@ class S3FIFO:
     def resize(self, capacity: int) -> None:
         """Shares and the ghosts' bound follow the number of slots."""
         self._small_share = max(1, int(self._small_ratio * capacity))
-        self.ghosts.bound = capacity - self._small_share
+        self.ghosts.bound = max(0, capacity - self._small_share)
 
     def admit(self, slots: Iterable[int]) -> None:
         after, before, heat, keys = self._after, self._before, self._heat, self._keys
@@ -82,26 +83,28 @@ class S3FIFO:
             if warmth & _USES != HOTTEST:
                 heat[slot] = warmth + 1
 
+    def begin(self) -> None:
+        self._chances = CHANCES
+
     def names(self, limit: int) -> list[int]:
         after, heat = self._after, self._heat
-        chances = CHANCES
         while self._small and (self._small >= self._small_share or not self._main):
             slot = after[self._head]
-            if heat[slot] == _SMALL or not chances:
+            if heat[slot] == _SMALL or not self._chances:
                 # Behind so many more, small is below its share.
-                return self._unused(slot, _SMALL, min(limit, self._small - self._small_share + 1 if self._main else self._small))
-            chances -= 1
-            self._out_of_small(slot)
-            self._into_main(slot)
+                return self._run(slot, _SMALL, min(limit, self._small - self._small_share + 1 if self._main else self._small))
+            self._promote(slot)
         if not self._main:
             return []
         slot = self._hand
-        while chances and heat[slot] != _MAIN:
+        chances = self._chances
+        while chances and (warmth := heat[slot]) != _MAIN:
             chances -= 1
-            heat[slot] -= 1
+            heat[slot] = warmth - 1
             slot = after[slot]
+        self._chances = chances
         self._hand = slot
-        return self._unused(slot, _MAIN, min(limit, self._main))
+        return self._run(slot, _MAIN, min(limit, self._main))
 
     def send_back(self, slot: int) -> None:
         """To the end of its own queue: having children is no merit."""
@@ -173,16 +176,40 @@ class S3FIFO:
                 raise InternalError("S3FIFO: the two directions of a ring differ")
         self.ghosts.check()
 
-    def _unused(self, slot: int, unused: int, limit: int) -> list[int]:
-        """This slot and the unused ones right behind it in its queue, up to ``limit``."""
-        after, heat = self._after, self._heat
+    def _run(self, slot: int, unused: int, limit: int) -> list[int]:
+        """This slot and those right behind it in its queue that would be named next, up to ``limit``."""
+        after, heat, any_will_do = self._after, self._heat, not self._chances
         found = [slot]
         for _ in range(limit - 1):
             slot = after[slot]
-            if heat[slot] != unused:
+            if heat[slot] != unused and not any_will_do:
                 break
             found.append(slot)
         return found
+
+    def _promote(self, first: int) -> None:
+        """Move the first slot of small, and the used ones behind it, to the end of main, while small is to be named from."""
+        after, before, heat, hand = self._after, self._before, self._heat, self._hand
+        most = min(self._chances, max(1, self._small - self._small_share + 1))
+        count, last, slot = 0, first, first
+        while count < most and heat[slot] != _SMALL:
+            heat[slot] = _MAIN
+            last, slot = slot, after[slot]
+            count += 1
+        after[self._head] = slot
+        before[slot] = self._head
+        if hand < 0:
+            self._hand = after[last] = first
+            before[first] = last
+        else:
+            end = before[hand]
+            after[end] = first
+            before[first] = end
+            after[last] = hand
+            before[hand] = last
+        self._small -= count
+        self._main += count
+        self._chances -= count
 
     def _out_of_small(self, slot: int) -> None:
         after, before = self._after, self._before

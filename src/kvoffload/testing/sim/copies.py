@@ -196,6 +196,15 @@ class SimCopies:
             self._fail(grant, DropReason.OFF)
 
     @property
+    def is_loading(self) -> bool:
+        """A load has started and has not ended."""
+        return self._loading is not None
+
+    @property
+    def is_saving(self) -> bool:
+        return self._saving is not None
+
+    @property
     def is_idle(self) -> bool:
         return not (self.loads or self._loading or self._pairs or self._saving)
 

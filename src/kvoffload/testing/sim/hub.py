@@ -125,6 +125,11 @@ class SimHub:
         self._rng.choice(choices)()
         return True
 
+    @property
+    def is_quiet(self) -> bool:
+        """Nothing is on its way to or from SchedulerSide."""
+        return not (self.mailbox or self.answers or self._inbox)
+
     def die(self, reason: str) -> None:
         """The loop, and L1 with it, is gone for good; what it had said is still heard."""
         self._trace.note("the hub dies")

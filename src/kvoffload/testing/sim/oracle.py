@@ -26,7 +26,7 @@ class HookOracle:
 
     - A block that was handed out to somebody has a new epoch before the plan leaves.
     - An answer is in whole blocks, leaves a token to compute, is async when it is not 0, and is None only until the match deadline.
-    - A load that vLLM took leaves in that step's plan, once, and is reported once.
+    - A load that vLLM took leaves in that step's plan, once, and is reported once; after one that failed there is no other one.
     - What holds KV at a reset saves nothing afterwards.
     """
 
@@ -42,6 +42,7 @@ class HookOracle:
         waited_s: Callable[[], float],
     ) -> None:
         self.check_bumps = True
+        self.check_resets = True
         self.loading: dict[str, int] = {}
         """Blocks of the loads that vLLM waits for, by request."""
         self.tainted: set[str] = set()
@@ -59,6 +60,8 @@ class HookOracle:
         self._asked: dict[str, float] = {}
         self._promised: dict[str, int] = {}
         self._taken: dict[str, int] = {}
+        self._blocks: dict[str, frozenset[int]] = {}
+        self._failed: set[str] = set()
         self._waited_before = 0.0
         self._watch_pool()
 
@@ -100,6 +103,8 @@ class HookOracle:
             raise OracleError(f"{name} was answered {answer}", [f"request {name}"])
         if tokens and num_computed_tokens + tokens >= request.num_tokens:
             raise OracleError(f"{name} was promised {tokens} tokens beyond {num_computed_tokens}, of {request.num_tokens}", [f"request {name}"])
+        if tokens and name in self._failed:
+            raise OracleError(f"{name} had a load that failed, and is promised another one", [f"request {name}"])
         if tokens:
             self._promised[name] = tokens
             self.answers_in_tokens += tokens
@@ -130,6 +135,7 @@ class HookOracle:
                 *(f"block {block}" for block in load.blocks),
                 *(f"slot {slot}" for slot in load.slots),
             )
+            self._blocks[load.request] = frozenset(load.blocks)
             if load.slots:
                 self._announce(load.job, load.slots)
         if metadata.idle != (not output.total_num_scheduled_tokens):
@@ -140,6 +146,8 @@ class HookOracle:
             self._trace.note(f"{name}'s load is reported (invalid: {sorted(output.invalid_block_ids)})", f"request {name}")
             if self.loading.pop(name, None) is None:
                 raise OracleError(f"a load of {name} was reported that vLLM does not wait for", [f"request {name}"])
+            if self._blocks.pop(name) & output.invalid_block_ids:
+                self._failed.add(name)
         if output.invalid_block_ids and not output.finished_recving:
             raise OracleError(f"blocks {sorted(output.invalid_block_ids)} were reported invalid, and no load ended")
 
@@ -149,6 +157,7 @@ class HookOracle:
         self._asked.pop(name, None)
         self._promised.pop(name, None)
         self.tainted.discard(name)
+        self._failed.discard(name)
 
     def resets(self) -> None:
         self._trace.note("the connector's cache is reset")
@@ -162,7 +171,7 @@ class HookOracle:
     def posted(self, message: ReserveSlots) -> None:
         """A reservation was posted; refused or not, it must not be of what was alive at a reset."""
         for run in message.runs:
-            if run.request in self.tainted:
+            if run.request in self.tainted and self.check_resets:
                 raise OracleError(f"{run.request} held KV at a reset, and now saves blocks {run.blocks}", [f"request {run.request}"])
 
     def released(self, message: ReleaseHit) -> None:

@@ -45,6 +45,8 @@ class SimSettings:
     fail_share: float = 0.0
     wait_finds_share: float = 0.5
     faults: bool = True
+    prompt: bool = False
+    """Hub and copies do at once whatever they can."""
 
     def match(self) -> MatchSettings:
         return MatchSettings(deadline_s=self.deadline_s, max_loads=self.max_loads)

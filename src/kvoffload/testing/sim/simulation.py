@@ -162,7 +162,11 @@ class Simulation:
         self.copies.crash()
 
     def progress(self) -> None:
-        """Some small events of the hub and of the copies, in any order."""
+        """Some small events of the hub and of the copies; all there are, where the settings say so."""
+        if self.settings.prompt:
+            while any([self.hub.tick(), self.copies.tick()]):
+                pass
+            return
         for _ in range(self._draw(self.settings.hub_ticks)):
             self.hub.tick()
         for _ in range(self._draw(self.settings.copy_ticks)):
@@ -243,6 +247,7 @@ class Simulation:
 
     def _schedule(self) -> None:
         self._in_flight.append(self.scheduler.schedule())
+        self._check_step()
         self.progress()
 
     def _execute(self) -> None:
@@ -266,8 +271,27 @@ class Simulation:
         self.copies.expire()
         self.clock.advance(self.rng.choice([0.0002, 0.002, 0.01, 0.02]))
 
+    def _check_step(self) -> None:
+        """Right after the plan: who is live, who has a credit, who holds a lease."""
+        side, matcher = self.side, self.side.matcher
+        manager = self.scheduler.kv_cache_manager
+        holding = {name for name in side.records if any(manager.get_block_ids(name)[0])}
+        # A load that failed at its first block has given up its blocks, and is admitted again next.
+        idle = {name for name in side._live - holding if not side.records[name].load_failed}
+        if holding - side._live or idle:
+            raise OracleError(f"{sorted(holding)} hold blocks, SchedulerSide thinks that {sorted(side._live)} are live")
+        ended = [name for name in self.oracle.loading if name not in side.records]
+        credits = matcher.credits + sum(record.has_credit for record in side.records.values()) + len(ended)
+        if credits != self.settings.max_loads:
+            raise OracleError(f"there are {credits} load credits, not {self.settings.max_loads}", [f"request {name}" for name in ended])
+        if self.hub.is_quiet and not self.hub.dead:
+            held = sum(record.hit is not None for record in side.records.values())
+            leases = self.core.statistics().leases
+            if held != leases:
+                raise OracleError(f"L1 has {leases} leases, SchedulerSide {held} hits")
+
     def _draw(self, mean: float) -> int:
-        return int(self.rng.expovariate(1 / mean) + self.rng.random()) if mean else 0
+        return int(self.rng.expovariate(1 / mean) + self.rng.random())
 
     def _owns(self, name: str, blocks: Sequence[int]) -> bool:
         """vLLM promises to keep the blocks of a load until it is reported, whatever becomes of the request."""

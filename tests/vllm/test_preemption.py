@@ -1,0 +1,98 @@
+"""An engine cache far too small: requests are preempted, blocks change hands while their saves are in flight. And an L1 far too small."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from tests.vllm.connectors import faulty_config
+from tests.vllm.harness import BLOCK, Engine, engine
+from tests.vllm.outputs import assert_same, difference
+from tests.vllm.plain import Plain
+from tests.vllm.prompts import prompt, prompts
+
+from kvoffload.messages import DropReason
+
+BLOCKS = 26
+SLOW_S = 0.015
+
+
+@pytest.fixture
+def small(plain: Plain) -> Iterator[Engine]:
+    with engine(transfer=faulty_config(), num_gpu_blocks_override=BLOCKS, max_model_len=512) as started:
+        yield started
+        started.assert_nothing_leaked()
+
+
+def _workload(seed: object) -> list[list[int]]:
+    return prompts([100, 180, 60, 150, 90, 210, 120, 75], seed)
+
+
+def test_preempted_and_reloaded(small: Engine, plain: Plain) -> None:
+    asked = _workload("preempted")
+    assert_same(plain.generate(asked, 70), small.generate(asked, 70))
+    assert small.preemptions() > 0
+    small.forget()
+    found = small.generate(asked, 70)
+    assert_same(plain.generate(asked, 70), found)
+    assert sum(output.cached for output in found) >= BLOCK * len(asked)
+    assert small.loaded_blocks() > 0
+
+
+def _churn(small: Engine, plain: Plain, seed: object) -> list[str]:
+    """Blocks change hands all the time; then every prompt is asked once more. How the answers differ from plain vLLM's, if they do."""
+    asked = [*_workload(seed), *_workload((seed, 2))]
+    expected = plain.generate(asked, 20)
+    assert_same(expected, small.generate(asked, 20))
+    small.forget()
+    differences: list[str | None] = []
+    for one, output in zip(asked, expected, strict=True):
+        [found] = small.generate([one], 20)
+        differences.append(difference(output, found))
+        small.forget()
+    assert small.loaded_blocks() > 0
+    return [text for text in differences if text is not None]
+
+
+def test_saves_slower_than_reuse(small: Engine, plain: Plain) -> None:
+    small.copies.slow(SLOW_S)
+    assert _churn(small, plain, "slow saves") == []
+    assert small.l1().drops[DropReason.OVERWRITTEN] > 0  # or this would have tested nothing
+
+
+def test_saves_slower_than_reuse_without_the_ledger(small: Engine, plain: Plain) -> None:
+    """The negative control: where nobody looks at the ledger, the same workload brings back the wrong KV."""
+    small.copies.slow(SLOW_S)
+    small.copies.ignore_ledger()
+    assert len(_churn(small, plain, "slow saves")) > 0
+
+
+def test_l1_churns(plain: Plain) -> None:
+    """L1 holds 30 blocks of the 150 that pass through: some come back, all are right."""
+    extra = {"l1": {"capacity_bytes": 30 * 53248}}
+    with engine(transfer=faulty_config(**extra)) as started:
+        asked = [*prompts([300, 150, 330, 90, 200], "churn"), *prompts([300, 150, 330, 90, 200], "churn 2")]
+        cached = 0
+        for turn in range(3):
+            for one in asked if turn != 1 else reversed(asked):
+                [found] = started.generate([one], 10)
+                assert_same(plain.generate([one], 10), [found])
+                started.forget()
+                [again] = started.generate([one], 10)
+                assert_same(plain.generate([one], 10), [again])
+                cached += again.cached
+                started.forget()
+        assert cached > 0
+        assert started.l1().evictions > 0
+        started.assert_nothing_leaked()
+
+
+@pytest.mark.long
+def test_preempted_for_long(small: Engine, plain: Plain) -> None:
+    for seed in range(6):
+        small.copies.slow([0.0, 0.002, SLOW_S][seed % 3])
+        asked = [*_workload(seed), *_workload((seed, 2)), prompt(300, seed)]
+        for _ in range(2):
+            assert_same(plain.generate(asked, 60), small.generate(asked, 60))
+            small.forget()
+    assert small.preemptions() > 20
