@@ -155,6 +155,7 @@ BASE = np.zeros(4096, np.uint8)
         ({"a": np.lib.stride_tricks.as_strided(BASE.view(np.uint16), (6, 4), (9, 2))}, "no multiples"),
         ({"a": BASE[:48].reshape(6, 8), "b": BASE[40:88].reshape(6, 8)}, "over each other"),
         ({"a": BASE[:96].reshape(6, 16)[:, :9], "b": BASE[:96].reshape(6, 16)[:, 8:]}, "over each other"),
+        ({"a": BASE[:96].reshape(6, 16)[:, :8], "b": BASE[12:108].reshape(6, 16)[:, :8]}, "over each other"),
         ({"a": BASE[:96].reshape(6, 16)[:, :8], "b": BASE[8:80].reshape(6, 12)[:, :4]}, "over each other"),
         ({"a": np.zeros((6, MAX_RUNS + 1, 2), np.uint8)[:, :, :1]}, "pieces"),
         ({f"{n}": np.zeros((6, MAX_RUNS // 2, 2), np.uint8)[:, :, :1] for n in range(3)}, "fragmented"),

@@ -36,6 +36,16 @@ def test_the_vectorised_bump_equals_the_loop(ids: list[int]) -> None:
     ledger.close()
 
 
+def test_a_bump_of_many_blocks() -> None:
+    ledger = Ledger(1000)
+    ledger.bump([3, 3, -1, 1000, *range(500, 1000)])
+    assert ledger.epochs(range(500, 1000)) == (1,) * 500
+    assert ledger.epochs([3])[0] >= 1
+    assert ledger.array[:500].sum() == ledger.epochs([3])[0]
+    assert ledger.ignored == 2
+    ledger.close()
+
+
 def test_epochs_of_unknown_blocks_are_refused(ledger: Ledger) -> None:
     for block in (-1, 100):
         with pytest.raises(MisuseError, match="not one of"):

@@ -59,6 +59,12 @@ class Ledger:
             else:
                 self.ignored += 1
 
+    def bump_all(self) -> None:
+        """Any of the blocks may have a new owner."""
+        if not self.writable:
+            raise MisuseError("only the process that made the ledger may bump it")
+        self.array += np.uint64(1)
+
     def _bump_many(self, ids: Sequence[int]) -> None:
         blocks = np.asarray(ids)
         if blocks.dtype.kind not in "iu":  # ids beyond 64 bits give an array of objects: sort them out one by one

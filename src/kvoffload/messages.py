@@ -158,10 +158,9 @@ class ParentMissing:
 
 @dataclass(frozen=True, slots=True)
 class ConnectorOff:
-    """kvoffload has stopped; vLLM goes on as if there were no connector. Sticky. ``on_purpose``: because the engine is shut down."""
+    """kvoffload has stopped; vLLM goes on as if there were no connector. Sticky. Who sends it says so in the log, who gets it does not."""
 
     reason: str
-    on_purpose: bool = False
 
 
 # ---------------------------------------------------------------- L1Manager <-> GpuCopy

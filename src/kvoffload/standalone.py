@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import anyio
 import anyio.to_thread
@@ -122,10 +123,10 @@ class Runtime:
         self._loop.start()
         worker = WorkerRuntime(self._config, rank, self._loop.call_soon, self._on_load_ended)
         hub = HubRuntime(self._config, self._on_answer)
-        reports = hub.open(rank.segment.slots, [RankPort(worker.deliver)], self._loop.call_soon, self._loop.heartbeat)
+        hub.open(rank.segment.slots, [RankPort(worker.deliver)], self._loop.call_soon, self._loop.heartbeat)
         self._loop.submit(worker.run)
         self._loop.submit(hub.run)
-        worker.attach(ledger, reports.owe)
+        worker.attach(ledger, partial(hub.deliver, rank.number))
         worker.start()
         return _Parts(hub, worker, ledger, namespace, block_size, num_blocks)
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -42,6 +43,8 @@ class Stage:
     settle_timeout_s: float = WAIT_S
     port: Callable[[FromGpuCopy], None] | None = None
     """Where reports go in place of `to_l1`."""
+    after_report: threading.Event | None = None
+    """Where a thread that has just reported waits for this."""
     to_l1: list[FromGpuCopy] = field(default_factory=list)
     ended: list[LoadEnded] = field(default_factory=list)
 
@@ -60,6 +63,8 @@ class Stage:
     def report(self, fact: CopyFact) -> None:
         self.thread_sender.owe(fact)
         self.reported += 1
+        if self.after_report is not None:
+            self.after_report.wait(WAIT_S)
         if self.reported == self.facts_to_end:
             self.thread_sender.close()
 
@@ -202,6 +207,26 @@ async def test_flush_waits_for_what_came_before_and_for_nothing_else(stages: lis
         assert third.is_open
         stage.hands.saved(SaveBlocks(3, None))
         assert await third.wait()
+        stage.close_senders()
+
+
+@pytest.mark.anyio
+@pytest.mark.real_clock
+async def test_flush_does_not_wait_for_a_load_whose_end_it_has_passed_on(stages: list[Stage]) -> None:
+    stage = Stage(after_report=threading.Event())
+    stages.append(stage)
+    assert stage.after_report is not None
+    stage.hands.start()
+    reply = Reply[bool]()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(stage.actor.run)
+        stage.load(1)
+        await until(lambda: len(stage.to_l1) == 1)
+        assert stage.hands.live_loads() == [1]  # its thread has told, and not yet forgotten it
+        stage.sender.owe(Flush(reply))
+        with anyio.fail_after(WAIT_S):
+            assert await reply.wait()
+        stage.after_report.set()
         stage.close_senders()
 
 

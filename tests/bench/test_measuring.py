@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvoffload.bench.cpu_time import cpu_seconds, thread_seconds
-from kvoffload.bench.engine_process import EngineOptions, dtype_for_this_cpu, engine_environment
+from kvoffload.bench.engine_process import EngineOptions, engine_environment
 from kvoffload.bench.measuring import bootstrap_interval, quantile, unique_prompts
 from kvoffload.errors import MisuseError
 
@@ -73,11 +73,6 @@ def test_cpu_time_without_schedstat_counts_ticks(tmp_path: Path) -> None:
     (tmp_path / "7" / "stat").write_text("7 (a (strange) name) S 1 1 1 0 -1 64 0 0 0 0 150 50 0 0 20 0 1 0 1 1\n")
     assert thread_seconds(7, tmp_path) == pytest.approx(2.0)
     assert thread_seconds(8, tmp_path) == 0.0
-
-
-@pytest.mark.parametrize(("flags", "dtype"), [("avx512f avx512_bf16", "bfloat16"), ("amx_bf16", "bfloat16"), ("avx512_vnni", "float32")])
-def test_the_dtype_is_one_that_the_cpu_computes_with(flags: str, dtype: str) -> None:
-    assert dtype_for_this_cpu(f"flags : {flags}\n") == dtype
 
 
 def test_the_users_settings_of_ours_do_not_reach_the_engine() -> None:

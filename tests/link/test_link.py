@@ -486,7 +486,7 @@ async def test_the_handshake_may_be_cancelled_anywhere() -> None:
 
 
 async def test_an_address_goes_through_vllms_pickle() -> None:
-    address = LinkAddress("/run/x", 5, b"token")
+    address = LinkAddress("kvoffload-x", 5, b"token")
     assert pickle.loads(pickle.dumps(address)) == address
 
 

@@ -8,11 +8,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import anyio
 import pytest
 
+from kvoffload.errors import PeerError
 from kvoffload.ledger import Ledger
 from kvoffload.link import LinkAddress, connect, join_hub, wait_for_exit
 from kvoffload.messages import BlocksFilled, SlotGrant
@@ -28,7 +28,7 @@ from kvoffload.messages import BlocksFilled
 async def main():
     listener = listen()
     address = listener.address
-    print(json.dumps([address.path, address.pid, address.token.hex()]), flush=True)
+    print(json.dumps([address.name, address.pid, address.token.hex()]), flush=True)
     connection = await listener.accept(30)
     segment = os.memfd_create("kvoffload-test-segment")
     os.ftruncate(segment, 4096)
@@ -55,8 +55,8 @@ def worker() -> Iterator[subprocess.Popen[str]]:
 
 def address_of(worker: subprocess.Popen[str]) -> LinkAddress:
     assert worker.stdout is not None
-    path, pid, token = json.loads(worker.stdout.readline())
-    return LinkAddress(path, pid, bytes.fromhex(token))
+    name, pid, token = json.loads(worker.stdout.readline())
+    return LinkAddress(name, pid, bytes.fromhex(token))
 
 
 class Hub:
@@ -77,7 +77,8 @@ async def test_a_worker_that_is_killed_is_lost_once_and_its_exit_is_seen(worker:
     address = await anyio.to_thread.run_sync(address_of, worker)
     with anyio.fail_after(50):
         link, joined = await join_hub(await connect(address, 30), ledger)
-        assert not Path(address.path).parent.exists()
+        with pytest.raises(PeerError, match="cannot be reached"):
+            await connect(address, 30)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(link.run, hub.deliver, hub.lost.append)
             link.send(SlotGrant(1, (10, 11), (4, 5), (0, 0)))

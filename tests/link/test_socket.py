@@ -3,7 +3,6 @@ from __future__ import annotations
 import fcntl
 import os
 import socket
-import stat
 import subprocess
 import sys
 import threading
@@ -15,7 +14,7 @@ import anyio
 import pytest
 from anyio import wait_all_tasks_blocked
 
-from kvoffload.errors import PeerError, UnsupportedError
+from kvoffload.errors import PeerError
 from kvoffload.link_frames import Beat, Goodbye, Knock, Welcome, encode
 from kvoffload.link_socket import LINK_VERSION, LinkAddress, Listener, RawConnection, check_user, connect, listen
 from kvoffload.testing.cancel import cancel_at_every_checkpoint
@@ -29,45 +28,45 @@ def pair() -> tuple[RawConnection, RawConnection]:
 
 
 def is_gone(address: LinkAddress) -> bool:
-    return not os.path.exists(os.path.dirname(address.path))
+    return address.name not in Path("/proc/net/unix").read_text()
 
 
 async def accept_into(listener: Listener, accepted: list[RawConnection]) -> None:
     accepted.append(await listener.accept(10))
 
 
-async def test_only_this_user_can_find_the_socket_and_it_goes_with_the_first_connection(tmp_path: Path) -> None:
-    listener = listen(str(tmp_path))
-    directory = os.path.dirname(listener.address.path)
-    assert stat.S_IMODE(os.stat(directory).st_mode) == 0o700
-    assert stat.S_ISSOCK(os.stat(listener.address.path).st_mode)
+async def test_the_name_is_in_no_file_system_and_goes_with_the_first_connection() -> None:
+    listener = listen()
+    assert f" @{listener.address.name}\n" in Path("/proc/net/unix").read_text()
     assert listener.address.pid == os.getpid()
     accepted: list[RawConnection] = []
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(accept_into, listener, accepted)
         connection = await connect(listener.address, 10)
-    assert os.listdir(tmp_path) == []
+    with pytest.raises(PeerError, match="cannot be reached"):
+        await connect(listener.address, 10)
     await connection.send(b"through")
     assert await accepted[0].receive(100) == b"through"
     connection.close()
     accepted[0].close()
+    assert is_gone(listener.address)
 
 
 async def test_addresses_differ_and_hide_their_token() -> None:
     first, second = listen(), listen()
     assert first.address.token != second.address.token
     assert len(first.address.token) >= 16
-    assert first.address.path != second.address.path
+    assert first.address.name != second.address.name
     assert repr(first.address.token) not in repr(first.address)
     first.close()
     second.close()
 
 
-async def test_close_removes_everything_at_once_and_twice(tmp_path: Path) -> None:
-    listener = listen(str(tmp_path))
+async def test_close_removes_everything_at_once_and_twice() -> None:
+    listener = listen()
     listener.close()
     listener.close()
-    assert os.listdir(tmp_path) == []
+    assert is_gone(listener.address)
     with pytest.raises(PeerError, match="closed"):
         await listener.accept(10)
     with pytest.raises(PeerError, match="cannot be reached"):
@@ -116,7 +115,7 @@ async def test_one_that_does_not_know_the_token_is_turned_away_and_the_hub_still
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(accept_into, listener, accepted)
         stranger = RawConnection(socket.socket(socket.AF_UNIX))
-        stranger._socket.connect(listener.address.path)
+        stranger._socket.connect("\0" + listener.address.name)
         await stranger.send(first_words)
         await wait_all_tasks_blocked()
         assert not accepted
@@ -136,7 +135,7 @@ async def test_another_version_is_told_why() -> None:
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(accept_into, listener, [])
         hub = RawConnection(socket.socket(socket.AF_UNIX))
-        hub._socket.connect(listener.address.path)
+        hub._socket.connect("\0" + listener.address.name)
         await hub.send(encode(Knock(99, listener.address.token)))
         with pytest.raises(PeerError, match="refused: this worker speaks version"):
             await hub.receive_message()
@@ -158,6 +157,9 @@ async def test_another_user_is_refused() -> None:
     check_user(left)
     with pytest.raises(PeerError, match="runs as user"):
         check_user(left, uid=os.geteuid() + 1)
+    left.peer = lambda: (0, os.geteuid())  # type: ignore[method-assign]
+    with pytest.raises(PeerError, match="pid namespace"):
+        check_user(left)
     left.close()
     right.close()
 
@@ -167,7 +169,7 @@ async def test_connecting_waits_for_a_full_queue_only_so_long() -> None:
     waiting = [RawConnection(socket.socket(socket.AF_UNIX)) for _ in range(20)]
     for connection in waiting:
         try:
-            connection._socket.connect(listener.address.path)
+            connection._socket.connect("\0" + listener.address.name)
         except BlockingIOError:
             break
     with pytest.raises(PeerError, match="within 7 s"):
@@ -177,21 +179,11 @@ async def test_connecting_waits_for_a_full_queue_only_so_long() -> None:
     listener.close()
 
 
-async def test_a_path_too_long_for_a_socket_is_said_so_and_leaves_nothing(tmp_path: Path) -> None:
-    deep = tmp_path / ("d" * 90)
-    deep.mkdir()
-    with pytest.raises(UnsupportedError, match="TMPDIR"):
-        listen(str(deep))
-    assert os.listdir(deep) == []
-    with pytest.raises(UnsupportedError, match="no directory"):
-        listen(str(tmp_path / "missing"))
-
-
-async def test_accept_and_connect_may_be_cancelled_anywhere(tmp_path: Path) -> None:
+async def test_accept_and_connect_may_be_cancelled_anywhere() -> None:
     made: list[Listener] = []
 
     async def meet() -> None:
-        listener = listen(str(tmp_path))
+        listener = listen()
         made.append(listener)
         accepted: list[RawConnection] = []
         try:
@@ -204,7 +196,7 @@ async def test_accept_and_connect_may_be_cancelled_anywhere(tmp_path: Path) -> N
                 connection.close()
 
     def check(nth: int) -> None:
-        assert os.listdir(tmp_path) == []
+        assert is_gone(made[-1].address)
         assert made[-1]._socket.fileno() == -1
 
     await cancel_at_every_checkpoint(meet, check)
@@ -295,19 +287,22 @@ async def test_a_peer_that_is_gone() -> None:
     assert left.is_closed
 
 
-LISTEN_AND_EXIT = """
-import os, sys
+LISTEN = """
 from kvoffload.link_socket import listen
-listener = listen(sys.argv[1])
-if os.fork() == 0:
-    sys.exit(0)  # a child that exits in order takes nothing away
-os.wait()
-assert os.path.exists(listener.address.path)
+listener = listen()
+print(listener.address.name, flush=True)
+input()
 """
 
 
-async def test_the_meeting_place_goes_with_its_process_and_not_with_a_forked_child(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    ended = subprocess.run([sys.executable, "-c", LISTEN_AND_EXIT, str(tmp_path)], env=environment, timeout=50, check=False)  # noqa: ASYNC221
-    assert ended.returncode == 0
+async def test_nothing_is_left_of_a_process_that_is_killed_before_anybody_came(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(  # noqa: ASYNC220
+        [sys.executable, "-c", LISTEN], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        address = LinkAddress(process.stdout.readline().strip(), process.pid, b"")
+        assert not is_gone(address)
+        process.kill()
+    assert is_gone(address)
     assert os.listdir(tmp_path) == []

@@ -115,4 +115,4 @@ class MailboxHistory(RuleBasedStateMachine):
 
 
 TestMailboxHistory = MailboxHistory.TestCase
-TestMailboxHistory.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestMailboxHistory.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)

@@ -13,7 +13,7 @@ HERE = Path(__file__).parent
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        if HERE in Path(str(item.path)).parents:
+        if HERE in Path(str(item.path)).parents and "plain" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.vllm)
             # Others' warnings, of a program that is started in here, are none of our tests' business.
             item.add_marker(pytest.mark.filterwarnings("ignore"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import weakref
 from typing import Any, ClassVar
 
@@ -9,11 +10,11 @@ from kvoffload.connector import KVOffloadConnector
 from kvoffload.copy.engine import CopyEngine
 from kvoffload.testing.copy_faults import FaultyCopyEngine
 
-FLUSH = "flush-"
+FLUSH, READY = "flush-", "ready-"
 
 
 class FaultyConnector(KVOffloadConnector):
-    """Its copies can be held, slowed and spoilt. A request whose name begins with "flush-" makes it wait for all saves."""
+    """Its copies can be held, slowed and spoilt. A request named "flush-..." makes it wait for all saves, "ready-..." for its start."""
 
     copies: ClassVar[weakref.ReferenceType[FaultyCopyEngine] | None] = None
     """Of the engine that was started last in this process."""
@@ -25,8 +26,24 @@ class FaultyConnector(KVOffloadConnector):
 
     def on_new_request(self, request: Any) -> None:
         super().on_new_request(request)
-        if request.request_id.startswith(FLUSH):
+        if request.request_id.startswith(READY):
+            wait_ready(self)
+        elif request.request_id.startswith(FLUSH):
             assert self.flush(20.0), "saves did not settle"
+
+
+def wait_ready(connector: Any, timeout_s: float = 60.0) -> None:
+    """Until the halves have met and as much of L1 is populated as is going to be: before that, saves are dropped."""
+    assert connector.off_reason is None, connector.off_reason
+    hub = connector.scheduler_half.host.hub
+    end, last = time.monotonic() + timeout_s, -1
+    while time.monotonic() < end:
+        usable = hub.statistics().usable if hub.is_live else 0
+        if usable and usable == last:
+            return
+        last = usable
+        time.sleep(0.1)  # populating takes 5 ms a step
+    raise AssertionError(f"the connector is not ready after {timeout_s} s: live {hub.is_live}, off {hub.off_reason}, slots {last}")
 
 
 def transfer_config(connector: str = "KVOffloadConnector", module: str = "kvoffload.connector", **extra: Any) -> dict[str, Any]:

@@ -59,6 +59,8 @@ class Engine:
         self._order: list[str] = []
         self._finished: dict[str, Output] = {}
         self._closed = False
+        if transfer is not None and "l1" in transfer.get("kv_connector_extra_config", {}):
+            self._wait_ready()
 
     def __enter__(self) -> Self:
         return self
@@ -132,8 +134,7 @@ class Engine:
         if self.connector is not None and self.processes < 3:
             assert self.connector.flush(20.0), "saves did not settle"
         elif self.processes == 3:
-            self.submit([1], 1, name=f"flush-{self._count}")
-            self.run()
+            self._tell("flush")
 
     def drop_engine_cache(self) -> None:
         """vLLM forgets all its blocks; the connector keeps its own."""
@@ -153,6 +154,19 @@ class Engine:
     def reset(self) -> bool:
         """Reset everything, the connector's cache too; False where vLLM could not reset its own."""
         return bool(self.llm.reset_prefix_cache(reset_connector=True))
+
+    def _wait_ready(self) -> None:
+        from tests.vllm.connectors import wait_ready
+
+        if self.connector is not None:
+            wait_ready(self.connector)
+        else:
+            self._tell("ready")
+
+    def _tell(self, what: str) -> None:
+        """Makes a `FaultyConnector` in vLLM's own process wait for something, by a request too short to be saved."""
+        self._finished.pop(self.submit([1], 1, name=f"{what}-{self._count}"), None)
+        self.run()
 
     # ------------------------------------------------------------ insides, in process only
 
@@ -231,7 +245,8 @@ class Engine:
         with suppress(Exception):  # a dead engine says so here
             self._engine.engine_core.shutdown()
         del self._engine, self.llm
-        cleanup_dist_env_and_memory()
+        if self.processes == 1:  # else these are another engine's
+            cleanup_dist_env_and_memory()
         gc.collect()
 
 

@@ -9,8 +9,8 @@ VOCABULARY = 2048
 
 
 def prompt(length: int, seed: object) -> list[int]:
-    """``length`` random tokens; the same for the same seed."""
-    draw = random.Random(f"prompt {seed}")
+    """``length`` random tokens; the same for the same length and seed."""
+    draw = random.Random(f"prompt {length} {seed}")
     return [draw.randrange(FIRST_WORD, VOCABULARY) for _ in range(length)]
 
 

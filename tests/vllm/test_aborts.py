@@ -62,7 +62,7 @@ def test_a_save_is_held_while_its_blocks_change_hands(served: Engine, plain: Pla
         served.step()
     assert served.copies.wait_held("save")
     served.abort([name])
-    others = prompts([330, 300, 200], "takers")
+    others = prompts([400, 400, 330], "takers")  # more than the engine's cache holds
     found = served.generate(others, 30)
     assert_same(plain.generate(others, 30), found)
     served.copies.release()

@@ -1,4 +1,4 @@
-"""Prompts of every length around the edges of blocks, together and one by one; whole prompts and chunks of them."""
+"""Prompts of every length around the edges of blocks, together and one by one."""
 
 from __future__ import annotations
 
@@ -18,13 +18,6 @@ EDGES = [1, 2, 31, 32, 33, 34, 63, 64, 65, 95, 96, 97, 127, 128, 129, 255, 256, 
 @pytest.fixture(scope="module")
 def served(plain: Plain) -> Iterator[Engine]:
     with engine(transfer=faulty_config()) as started:
-        yield started
-        started.assert_nothing_leaked()
-
-
-@pytest.fixture(scope="module")
-def chunked(plain: Plain) -> Iterator[Engine]:
-    with engine(transfer=faulty_config(), max_num_batched_tokens=72, max_num_seqs=4) as started:
         yield started
         started.assert_nothing_leaked()
 
@@ -52,21 +45,6 @@ def test_answers_that_fill_blocks(served: Engine, plain: Plain, length: int, tok
     assert_same(plain.generate([whole], 4), [longer])
     # The last token's KV was never computed; and of a prompt at least one token is.
     assert longer.cached == (len(whole) - 1) // BLOCK * BLOCK
-
-
-def test_chunked_prefill(chunked: Engine, plain: Plain) -> None:
-    check_roundtrip(chunked, plain, prompts([300, 500, 71, 72, 73, 144, 33], "chunked"))
-
-
-def test_chunked_prefill_among_answers(chunked: Engine, plain: Plain) -> None:
-    """Chunks of one prompt share their steps with the answers to others, and with loads."""
-    asked = prompts([400, 40, 350, 90, 200], "among answers")
-    check_roundtrip(chunked, plain, asked, tokens=40)
-    chunked.forget()
-    mixed = [asked[0], prompt(300, "new"), asked[2], prompt(35, "new")]
-    found = chunked.generate(mixed, 20)
-    assert_same(plain.generate(mixed, 20), found)
-    assert [output.cached for output in found] == [384, 0, 320, 0]
 
 
 def test_again_and_again(served: Engine, plain: Plain) -> None:

@@ -13,13 +13,20 @@ from tests.vllm.prompts import prompt, prompts
 
 from kvoffload.messages import DropReason
 
-BLOCKS = 26
 SLOW_S = 0.015
 
 
 @pytest.fixture
 def small(plain: Plain) -> Iterator[Engine]:
-    with engine(transfer=faulty_config(), num_gpu_blocks_override=BLOCKS, max_model_len=512) as started:
+    with engine(transfer=faulty_config(), num_gpu_blocks_override=26, max_model_len=512) as started:
+        yield started
+        started.assert_nothing_leaked()
+
+
+@pytest.fixture
+def tiny(plain: Plain) -> Iterator[Engine]:
+    """Two or three requests fill it, and the next ones take their blocks at once."""
+    with engine(transfer=faulty_config(), num_gpu_blocks_override=14, max_model_len=384) as started:
         yield started
         started.assert_nothing_leaked()
 
@@ -39,49 +46,49 @@ def test_preempted_and_reloaded(small: Engine, plain: Plain) -> None:
     assert small.loaded_blocks() > 0
 
 
-def _churn(small: Engine, plain: Plain, seed: object) -> list[str]:
+def _reuse(tiny: Engine, plain: Plain, seed: object) -> list[str]:
     """Blocks change hands all the time; then every prompt is asked once more. How the answers differ from plain vLLM's, if they do."""
     asked = [*_workload(seed), *_workload((seed, 2))]
-    expected = plain.generate(asked, 20)
-    assert_same(expected, small.generate(asked, 20))
-    small.forget()
+    expected = plain.generate(asked, 2)
+    assert_same(expected, tiny.generate(asked, 2))
+    tiny.copies.slow(0)
     differences: list[str | None] = []
     for one, output in zip(asked, expected, strict=True):
-        [found] = small.generate([one], 20)
+        tiny.forget()
+        [found] = tiny.generate([one], 2)
         differences.append(difference(output, found))
-        small.forget()
-    assert small.loaded_blocks() > 0
+    assert tiny.loaded_blocks() > 0
     return [text for text in differences if text is not None]
 
 
-def test_saves_slower_than_reuse(small: Engine, plain: Plain) -> None:
-    small.copies.slow(SLOW_S)
-    assert _churn(small, plain, "slow saves") == []
-    assert small.l1().drops[DropReason.OVERWRITTEN] > 0  # or this would have tested nothing
+def test_saves_slower_than_reuse(tiny: Engine, plain: Plain) -> None:
+    tiny.copies.slow(SLOW_S)
+    assert _reuse(tiny, plain, "slow saves") == []
+    assert tiny.l1().drops[DropReason.OVERWRITTEN] > 0  # or this would have tested nothing
 
 
-def test_saves_slower_than_reuse_without_the_ledger(small: Engine, plain: Plain) -> None:
+def test_saves_slower_than_reuse_without_the_ledger(tiny: Engine, plain: Plain) -> None:
     """The negative control: where nobody looks at the ledger, the same workload brings back the wrong KV."""
-    small.copies.slow(SLOW_S)
-    small.copies.ignore_ledger()
-    assert len(_churn(small, plain, "slow saves")) > 0
+    tiny.copies.slow(SLOW_S)
+    tiny.copies.ignore_ledger()
+    assert len(_reuse(tiny, plain, "slow saves")) > 0
 
 
 def test_l1_churns(plain: Plain) -> None:
-    """L1 holds 30 blocks of the 150 that pass through: some come back, all are right."""
+    """L1 holds 30 blocks of the 60 that pass through again and again: some come back, all are right."""
     extra = {"l1": {"capacity_bytes": 30 * 53248}}
     with engine(transfer=faulty_config(**extra)) as started:
-        asked = [*prompts([300, 150, 330, 90, 200], "churn"), *prompts([300, 150, 330, 90, 200], "churn 2")]
+        asked = prompts([300, 150, 330, 90, 200, 310, 160, 250], "churn")
+        expected = plain.generate(asked, 4)
         cached = 0
         for turn in range(3):
-            for one in asked if turn != 1 else reversed(asked):
-                [found] = started.generate([one], 10)
-                assert_same(plain.generate([one], 10), [found])
-                started.forget()
-                [again] = started.generate([one], 10)
-                assert_same(plain.generate([one], 10), [again])
-                cached += again.cached
-                started.forget()
+            order = range(len(asked)) if turn != 1 else reversed(range(len(asked)))
+            for index in order:
+                for _ in range(2):
+                    [found] = started.generate([asked[index]], 4)
+                    assert_same([expected[index]], [found])
+                    cached += found.cached
+                    started.forget()
         assert cached > 0
         assert started.l1().evictions > 0
         started.assert_nothing_leaked()

@@ -48,12 +48,13 @@ def _exercise(served: Engine, plain: Plain) -> None:
     assert served.generate(asked)[4].cached == 192
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.long), 3])
 def test_engine_in_so_many_processes(plain: Plain, processes: int) -> None:
     with engine(processes=processes, transfer=faulty_config(), num_gpu_blocks_override=30, max_model_len=512) as served:
         _exercise(served, plain)
 
 
+@pytest.mark.long
 def test_two_engines_given_one_engine_id(plain: Plain) -> None:
     """One in this process, one in three of its own; each has its own L1, and neither knows of the other."""
     here, there = ({**faulty_config(), "engine_id": "twin"} for _ in range(2))

@@ -30,15 +30,13 @@ def test_nothing_is_ever_wrong_or_left_behind() -> None:
     total = live(range(80))
     # A life without loads, failures, preemptions and churn would show nothing.
     assert total.loads["LOADED"] > 50
-    assert total.loads["FAILED"] > 5
-    assert total.loads["WITHDRAWN"] > 5
-    assert total.preemptions > 30
-    assert total.evictions > 500
-    assert total.resets > 20
-    assert total.sessions > 20
-    assert total.aborts > 100
-    assert min(total.drops[reason] for reason in ("no_slot", "parent_missing", "unpaired", "copy_failed", "overwritten", "reset")) > 5
-    assert min(total.zeros[reason] for reason in ("off", "late", "busy", "no_room")) > 5
+    assert total.preemptions > 50
+    assert total.evictions > 200
+    assert total.aborts > 50
+    happened = [total.resets, total.sessions, total.loads["FAILED"], total.loads["WITHDRAWN"]]
+    happened += [total.drops[reason] for reason in ("no_slot", "parent_missing", "unpaired", "copy_failed", "overwritten", "reset")]
+    happened += [total.zeros[reason] for reason in ("off", "late", "busy", "no_room")]
+    assert min(happened) > 0, total
 
 
 @pytest.mark.parametrize("policy", ["lru", "s3fifo"])
@@ -52,7 +50,7 @@ def test_an_l1_that_churns_under_slow_copies(policy: str, asynchronous: bool) ->
 def test_both_model_runners_and_both_queues() -> None:
     for v2_runner in (False, True):
         for priority in (False, True):
-            assert live(range(2000, 2004), v2_runner=v2_runner, priority=priority).preemptions > 3
+            assert live(range(2000, 2005), v2_runner=v2_runner, priority=priority).preemptions > 0
 
 
 @pytest.mark.long

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import assert_never
 
 import anyio
-import anyio.to_thread
 
 from kvoffload.copy.hands import CopyFact, CopyHands, HandsCrashed
 from kvoffload.errors import InternalError
@@ -183,7 +182,7 @@ class GpuCopy:
         self._hands.withdraw_all_unstarted()
         if not self._hands.wait_idle(0):
             with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(partial(self._hands.wait_idle, self._config.settle_timeout_s))
+                await self._wait_idle()
         try:
             while left := self._receiver.receive_nowait():
                 self._burst.extend(left)
@@ -198,3 +197,13 @@ class GpuCopy:
             waiting.reply.answer(False)
         self._waiting.clear()
         self._receiver.close()
+
+    async def _wait_idle(self) -> None:
+        """In a daemon thread: one of anyio's pool would keep the process from ending where this loop is abandoned."""
+        idle: Reply[bool] = Reply()
+
+        def wait() -> None:
+            idle.answer(self._hands.wait_idle(self._config.settle_timeout_s))
+
+        threading.Thread(target=wait, name="kvoffload-settle", daemon=True).start()
+        await idle.wait()

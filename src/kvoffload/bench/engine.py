@@ -7,11 +7,11 @@ import tempfile
 from collections.abc import Sequence
 
 from kvoffload.bench.cpu_time import OURS
-from kvoffload.bench.engine_process import EngineOptions, EngineProcess, dtype_for_this_cpu
+from kvoffload.bench.engine_process import EngineOptions, EngineProcess
 from kvoffload.bench.figures import Figure
 from kvoffload.bench.measuring import bootstrap_interval, unique_prompts
 from kvoffload.errors import PeerError
-from kvoffload.testing.model import R8, TINY, ModelShape, make_model
+from kvoffload.testing.model import BENCH, TINY, ModelShape, make_model
 
 RATIO_TARGET = 0.97
 CPU_TARGET_PERCENT = 1.0
@@ -24,17 +24,16 @@ def run(quick: bool = False) -> list[Figure]:
         if quick:
             ratios, cpu = measure(TINY, directory, pairs=3, requests=2, tokens=16)
         else:
-            ratios, cpu = measure(R8, directory, pairs=PAIRS, requests=4, tokens=24)
+            ratios, cpu = measure(BENCH, directory, pairs=PAIRS, requests=4, tokens=24)
     return _figures(ratios, cpu)
 
 
 def measure(shape: ModelShape, directory: str, *, pairs: int, requests: int, tokens: int) -> tuple[list[float], dict[str, float]]:
     """Throughput with kvoffload over plain vLLM's, pair by pair; and kvoffload's engine's CPU seconds, in all and by thread of ours."""
     model = str(make_model(directory, shape))
-    dtype = dtype_for_this_cpu()
     lengths = [330, 200, 450, 270]
-    ours_options = EngineOptions(model, "kvoffload", dtype=dtype, l1_bytes=1 << 30)
-    with EngineProcess(EngineOptions(model, "none", dtype=dtype)) as plain, EngineProcess(ours_options) as ours:
+    ours_options = EngineOptions(model, "kvoffload", dtype=shape.dtype, l1_bytes=1 << 30)
+    with EngineProcess(EngineOptions(model, "none", dtype=shape.dtype)) as plain, EngineProcess(ours_options) as ours:
         for engine in (plain, ours):
             engine.wait_ready()
             engine.call("generate", prompts=unique_prompts(requests, lengths, seed=1), max_tokens=tokens)

@@ -12,6 +12,7 @@ from typing import Any
 from kvoffload.bench.cpu_time import cpu_seconds
 from kvoffload.bench.engine_process import EngineOptions
 from kvoffload.bench.hook_timing import HookTimers
+from kvoffload.bench.memcpy import cold_memcpy_s
 from kvoffload.bench.remembered import remembered_match_us
 from kvoffload.errors import MisuseError, UnsupportedError
 from kvoffload.l1.states import State
@@ -37,7 +38,8 @@ def transfer_config(options: EngineOptions) -> dict[str, Any] | None:
                 "kv_connector_module_path": "kvoffload.connector",
                 "kv_role": "kv_both",
                 "kv_load_failure_policy": "recompute",
-                "kv_connector_extra_config": {"l1": {"capacity_bytes": options.l1_bytes}},
+                # A step that computes a whole long prompt can take longer on a busy CPU than a save waits for it by default.
+                "kv_connector_extra_config": {"l1": {"capacity_bytes": options.l1_bytes}, "save": {"pair_timeout_s": 60}},
             }
 
 
@@ -168,6 +170,10 @@ class Engine:
     def remembered_match(self, rounds: int) -> float:
         """Microseconds; it needs no engine, but vLLM's classes, and vLLM's import is not quiet."""
         return remembered_match_us(rounds)
+
+    def memcpy_s(self, size: int) -> float:
+        """Seconds that this process takes to copy so many bytes it has not touched lately: the least that a load can take."""
+        return cold_memcpy_s(size)
 
     def cpu(self) -> dict[str, float]:
         """CPU seconds so far: of this ``process``, and of kvoffload's threads in it, by name."""

@@ -39,7 +39,7 @@ class EngineOptions:
     model: str
     connector: Connector = "kvoffload"
     multiprocessing: bool = False
-    dtype: str = "bfloat16"
+    dtype: str = "float32"
     l1_bytes: int = 1 << 30
     storage: str = ""
     max_model_len: int = 4608
@@ -61,15 +61,6 @@ def engine_environment(options: EngineOptions, environ: dict[str, str]) -> dict[
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[2]), *filter(None, [environ.get("PYTHONPATH")])]),
     }
-
-
-def dtype_for_this_cpu(cpuinfo: str | None = None) -> str:
-    """bfloat16 where the CPU computes with it, else float32, which is several times faster there."""
-    try:
-        text = Path("/proc/cpuinfo").read_text() if cpuinfo is None else cpuinfo
-    except OSError:
-        return "bfloat16"
-    return "bfloat16" if any(flag in text for flag in ("avx512_bf16", "amx_bf16", "bf16")) else "float32"
 
 
 class EngineProcess:

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-from kvoffload.bench.engine_process import EngineOptions, EngineProcess, dtype_for_this_cpu
+from kvoffload.bench.engine_process import EngineOptions, EngineProcess
 from kvoffload.bench.figures import Figure
 from kvoffload.bench.measuring import quantile, unique_prompts
 from kvoffload.bench.remembered import WAITING
@@ -24,7 +24,7 @@ def run(quick: bool = False) -> list[Figure]:
     rounds = 1 if quick else 4
     with tempfile.TemporaryDirectory(prefix="kvoffload-bench-") as directory:
         model = make_model(directory, TINY)
-        options = EngineOptions(str(model), dtype=dtype_for_this_cpu(), max_model_len=2048, l1_bytes=256 << 20)
+        options = EngineOptions(str(model), dtype=TINY.dtype, max_model_len=2048, l1_bytes=256 << 20)
         with EngineProcess(options) as engine:
             engine.wait_ready()
             engine.call("wait_populated")

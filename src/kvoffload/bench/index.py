@@ -152,7 +152,8 @@ def _match_figures(load: Load) -> Iterator[Figure]:
             if hit != length:
                 raise RuntimeError(f"{hit} of {length} blocks were hit")
             took.append(seconds * 1e6)
-        missed = [load.match(load.keys(length), number)[0] * 1e6 for number in range(31)]
+        strange = [load.keys(length) for _ in range(31)]
+        missed = [load.match(keys, number)[0] * 1e6 for number, keys in enumerate(strange)]
         value, budget = _median(took), MATCH_US + LISTED_US * length
         yield Figure(
             f"match of {length:,} blocks, {load.policy}, {load.slots:,} slots",

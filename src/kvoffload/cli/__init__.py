@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     demo = commands.add_parser("demo", help="see prompts come back from host memory, with real vLLM on this CPU")
-    demo.add_argument("--l1-mb", type=_positive, default=256.0, metavar="MIB", help="host memory for blocks; try 48 (default: 256)")
+    demo.add_argument("--l1-mb", type=_positive, default=128.0, metavar="MIB", help="host memory for blocks; try 64 (default: 128)")
     demo.add_argument("--multiprocessing", action="store_true", help="vLLM's default: several processes; shows no L1 counters")
     demo.add_argument("--verbose", action="store_true", help="show vLLM's own log")
 

@@ -8,13 +8,13 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from kvoffload.bench.engine_process import EngineOptions, EngineProcess, dtype_for_this_cpu
+from kvoffload.bench.engine_process import EngineOptions, EngineProcess
 from kvoffload.cli.demo_engine import Outcome, ask_again, compute_all, drop_engine_cache
 from kvoffload.cli.demo_prompts import demo_prompts
 from kvoffload.cli.progress import Progress
 from kvoffload.cli.table import human_bytes, human_seconds, table
 from kvoffload.errors import KVOffloadError
-from kvoffload.testing.model import R8, make_model
+from kvoffload.testing.model import BENCH, make_model
 
 REASONS = {
     "no_slot": "L1 was full of blocks in use, or not populated yet",
@@ -49,10 +49,11 @@ def is_success(outcomes: Sequence[Outcome]) -> bool:
 
 
 def _run(directory: str, *, l1_bytes: int, multiprocessing: bool, verbose: bool) -> list[Outcome]:
-    with Progress("  making a tiny model: Llama, 8 layers, random weights", stream=sys.stdout):
-        model = str(make_model(directory, R8))
-    dtype = dtype_for_this_cpu()
-    options = EngineOptions(model, dtype=dtype, l1_bytes=l1_bytes, multiprocessing=multiprocessing, max_model_len=4096, count_tokens=True)
+    with Progress("  making a tiny model: Llama, 4 layers, random weights", stream=sys.stdout):
+        model = str(make_model(directory, BENCH))
+    options = EngineOptions(
+        model, dtype=BENCH.dtype, l1_bytes=l1_bytes, multiprocessing=multiprocessing, max_model_len=4096, count_tokens=True
+    )
     with EngineProcess(options, show_log=verbose) as engine:
         with Progress("  starting vLLM with kvoffload (10 to 60 s)", stream=sys.stdout) as progress:
             facts = _start(engine)
@@ -63,8 +64,7 @@ def _run(directory: str, *, l1_bytes: int, multiprocessing: bool, verbose: bool)
         with Progress("  dropping vLLM's own prefix cache", stream=sys.stdout):
             drop_engine_cache(engine)
         with Progress("  second time: the same prompts", stream=sys.stdout):
-            bytes_per_token = R8.kv_bytes_per_token * (2 if dtype == "float32" else 1)
-            outcomes = ask_again(engine, prompts, firsts, bytes_per_token)
+            outcomes = ask_again(engine, prompts, firsts, BENCH.kv_bytes_per_token)
         l1 = None if multiprocessing else engine.call("statistics") | facts
         not_loaded = [line for line in engine.log().splitlines() if "load not done" in line]
         # Before the engine ends: that takes vLLM some seconds more.
@@ -87,7 +87,7 @@ def report_lines(outcomes: Sequence[Outcome], l1: Mapping[str, Any] | None, not_
     """All that is printed once everything was seen; ``l1`` are `Engine.statistics` and the engine's facts."""
     lines = ["", "  The second time (vLLM: its own prefix cache; L1: kvoffload's host memory):", "", *_outcome_lines(outcomes)]
     lines += ["", *_answer_lines(outcomes), "", *_l1_lines(l1), *(f"  From its log: {line}" for line in not_loaded)]
-    return [*lines, "", f"  {summary(outcomes)}", ""]
+    return [*lines, "", *(f"  {line}" for line in summary(outcomes).split("\n")), ""]
 
 
 def _outcome_lines(outcomes: Sequence[Outcome]) -> list[str]:
@@ -158,6 +158,6 @@ def summary(outcomes: Sequence[Outcome]) -> str:
     faster = sum(outcome.computed_s for outcome in outcomes) / sum(outcome.loaded_s for outcome in outcomes)
     return (
         f"Of {tokens:,} prompt tokens {loaded:,} came back from host memory, {engine:,} from vLLM's own cache,\n"
-        f"  and {tokens - loaded - engine:,} were computed again: first tokens came {faster:.0f} times sooner,\n"
-        "  and every answer was the same."
+        f"and {tokens - loaded - engine:,} were computed again: first tokens came {faster:.0f} times sooner,\n"
+        "and every answer was the same."
     )

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 
-from kvoffload.connector.guard import never_raises, nothing
-from kvoffload.connector.halves import SchedulerHalf, WorkerHalf
+from kvoffload.connector.guard import never_raises
+from kvoffload.connector.halves import SchedulerHalf, SwitchedOff, WorkerHalf
 from kvoffload.connector.metadata import StepMetadata, WorkerHandshake
 from kvoffload.connector.stats import KVOffloadStats
+from kvoffload.errors import KVOffloadError
 from kvoffload.observe.logs import get_logger
 
 if TYPE_CHECKING:
@@ -31,15 +32,26 @@ if TYPE_CHECKING:
 log = get_logger("connector")
 
 
-def _withdraw_all(self: KVOffloadConnector, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
-    if num_external_tokens and self.scheduler_half is not None:
-        self.scheduler_half.side.plan_withdrawn(request.request_id, blocks.get_block_ids()[0], num_external_tokens)
+def _after_failed_alloc(self: KVOffloadConnector, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+    """Nobody knows which blocks have a new owner by now: no save under way may count. And vLLM waits for what it took."""
+    if self.scheduler_half is not None:
+        self.scheduler_half.bump_all()
+        if num_external_tokens:
+            self.scheduler_half.side.plan_withdrawn(request.request_id, blocks.get_block_ids()[0], num_external_tokens)
 
 
-def _empty_step(self: KVOffloadConnector, output: SchedulerOutput) -> StepMetadata:
-    """Loads that were promised still go out; what could not be said of saves is only a miss later."""
-    loads = self.scheduler_half.side.take_planned() if self.scheduler_half is not None else ()
-    return StepMetadata((), loads, not output.total_num_scheduled_tokens)
+def _after_failed_build(self: KVOffloadConnector, output: SchedulerOutput) -> StepMetadata:
+    """As above. Loads that were promised still go out; what could not be said of saves is only a miss later."""
+    if self.scheduler_half is None:
+        return StepMetadata()
+    self.scheduler_half.bump_all()
+    return StepMetadata((), self.scheduler_half.side.take_planned(), not output.total_num_scheduled_tokens)
+
+
+def _after_failed_start(self: KVOffloadConnector, forward_context: ForwardContext) -> None:
+    metadata = self._step()
+    if self.worker_half is not None and metadata is not None:
+        self.worker_half.side.start_none(metadata)
 
 
 class KVOffloadConnector(KVConnectorBase_V1):
@@ -72,7 +84,11 @@ class KVOffloadConnector(KVConnectorBase_V1):
 
     def _start_failed(self, error: Exception) -> None:
         self.off_reason = f"{type(error).__name__}: {error}"
-        log.error("connector off: vLLM goes on without kvoffload", reason=self.off_reason, role=self.role.name)
+        bug = None if isinstance(error, KVOffloadError) else error
+        say = log.warning if isinstance(error, SwitchedOff) else log.error
+        if self.role is KVConnectorRole.WORKER and bug is None:
+            say = log.info  # the scheduler's half has the same reason, or is told this one, and says it once for all ranks
+        say("connector off: vLLM goes on without kvoffload", reason=self.off_reason, role=self.role.name, exc_info=bug)
 
     def hook_failed(self, hook: str, error: Exception) -> None:
         log.error("a hook failed, please report this", hook=hook, role=self.role.name, exc_info=error)
@@ -102,13 +118,13 @@ class KVOffloadConnector(KVConnectorBase_V1):
             self.worker_half.turn_off(f"{type(error).__name__}: {error}")
             self._start_failed(error)
 
-    @never_raises(lambda self: None)
+    @never_raises(None)
     def get_handshake_metadata(self) -> KVConnectorHandshakeMetadata | None:
         if self.worker_half is None:
             return WorkerHandshake(rank=0, off_reason=self.off_reason)
         return self.worker_half.handshake()
 
-    @never_raises(nothing)
+    @never_raises(None, _after_failed_start)
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         metadata = self._step()
         if self.worker_half is not None and metadata is not None and metadata.loads:
@@ -120,20 +136,20 @@ class KVOffloadConnector(KVConnectorBase_V1):
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: AttentionMetadata, **kwargs: Any) -> None:
         """Saves are whole blocks, after the step: nothing is copied here."""
 
-    @never_raises(nothing)
+    @never_raises(None)
     def wait_for_save(self) -> None:
         metadata = self._step()
         if self.worker_half is not None and metadata is not None and metadata.saves:
             self.worker_half.side.wait_for_save(metadata)
 
-    @never_raises(lambda self, finished: (None, None))
+    @never_raises((None, None))
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         if self.worker_half is None:
             return None, None
         metadata = self._step()
         return None, self.worker_half.side.get_finished(idle=metadata is not None and metadata.idle)
 
-    @never_raises(lambda self: set())
+    @never_raises(None, lambda *_: set())
     def get_block_ids_with_load_errors(self) -> set[int]:
         return self.worker_half.side.get_block_ids_with_load_errors() if self.worker_half is not None else set()
 
@@ -143,51 +159,51 @@ class KVOffloadConnector(KVConnectorBase_V1):
 
     # ------------------------------------------------------------ scheduler half
 
-    @never_raises(nothing)
+    @never_raises(None)
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
         if self.scheduler_half is not None:
             self.scheduler_half.join([worker for worker in metadata.values() if isinstance(worker, WorkerHandshake)])
 
-    @never_raises(nothing)
+    @never_raises(None)
     def on_new_request(self, request: Request) -> None:
         if self.scheduler_half is not None:
             self.scheduler_half.side.on_new_request(request)
 
-    @never_raises(lambda self, *_: (0, False))
+    @never_raises((0, False))
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         if self.scheduler_half is None:
             return 0, False
         return self.scheduler_half.side.get_num_new_matched_tokens(request, num_computed_tokens)
 
-    @never_raises(_withdraw_all)
+    @never_raises(None, _after_failed_alloc)
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         if self.scheduler_half is not None:
             self.scheduler_half.side.update_state_after_alloc(request, blocks, num_external_tokens)
 
-    @never_raises(lambda self, request, tokens: {})
+    @never_raises(None, lambda *_: {})
     def get_external_cache_hit_sources(self, request: Request, num_external_tokens: int) -> dict[CacheHitSource, int]:
         from vllm.v1.metrics.cache_hit_source import CacheHitSource
 
         return {CacheHitSource.HOST: num_external_tokens} if num_external_tokens else {}
 
-    @never_raises(_empty_step)
+    @never_raises(StepMetadata(), _after_failed_build)
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
         if self.scheduler_half is None:
             return StepMetadata()
         return self.scheduler_half.side.build_connector_meta(scheduler_output)
 
-    @never_raises(nothing)
+    @never_raises(None)
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         if self.scheduler_half is not None:
             self.scheduler_half.side.update_connector_output(connector_output)
 
-    @never_raises(lambda self, *_: (False, None))
+    @never_raises((False, None))
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         if self.scheduler_half is not None:
             self.scheduler_half.side.request_finished(request)
         return False, None
 
-    @never_raises(lambda self: False)
+    @never_raises(False)
     def reset_cache(self) -> bool | None:
         if self.scheduler_half is not None:
             self.scheduler_half.side.reset_cache()
@@ -195,7 +211,7 @@ class KVOffloadConnector(KVConnectorBase_V1):
 
     # ------------------------------------------------------------ statistics
 
-    @never_raises(lambda self: None)
+    @never_raises(None)
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
         half = self.scheduler_half or self.worker_half
         data = half.take_statistics() if half is not None else None

@@ -6,6 +6,10 @@ import functools
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar, cast
 
+from kvoffload.observe.logs import get_logger
+
+log = get_logger("connector")
+
 Hook = TypeVar("Hook", bound=Callable[..., Any])
 
 
@@ -15,10 +19,11 @@ class HasHooks(Protocol):
         ...
 
 
-def never_raises(fallback: Callable[..., Any]) -> Callable[[Hook], Hook]:
-    """Wrap a method of `HasHooks`: where it raises, the connector is told and vLLM gets ``fallback(connector, *args)``.
+def never_raises(neutral: Any, instead: Callable[..., Any] | None = None) -> Callable[[Hook], Hook]:
+    """Wrap a method of `HasHooks`: where it raises, the connector is told, and vLLM gets ``instead(connector, *args)``.
 
-    This is the one place with a catch-all, because here a bug would end the engine; it never becomes a hit or a success.
+    Without ``instead``, or where that raises too, vLLM gets ``neutral``. This is the one place with a catch-all, because here a bug
+    would end the engine; it never becomes a hit or a success.
     """
 
     def wrap(hook: Hook) -> Hook:
@@ -27,13 +32,17 @@ def never_raises(fallback: Callable[..., Any]) -> Callable[[Hook], Hook]:
             try:
                 return hook(self, *args, **kwargs)
             except Exception as error:  # see above
-                self.hook_failed(hook.__name__, error)
-                return fallback(self, *args)
+                _try(self.hook_failed, hook.__name__, error)
+            return _try(instead, self, *args, neutral=neutral) if instead is not None else neutral
 
         return cast("Hook", guarded)
 
     return wrap
 
 
-def nothing(*_: Any) -> None:
-    """The fallback of hooks that return nothing."""
+def _try(function: Callable[..., Any], *args: Any, neutral: Any = None) -> Any:
+    try:
+        return function(*args)
+    except Exception as error:  # what was to make up for a bug has one itself
+        log.error("what was to make up for a failed hook failed", what=getattr(function, "__qualname__", repr(function)), exc_info=error)
+        return neutral

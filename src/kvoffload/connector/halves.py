@@ -32,13 +32,17 @@ CLOSE_TIMEOUT_S = 2.5
 """Of one half; vLLM gives a worker 5 s."""
 
 
+class SwitchedOff(UnsupportedError):
+    """On purpose, by whoever configures."""
+
+
 def load_config(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> Config:
     """The settings of this engine. Raises ConfigError, and UnsupportedError with the reason why the connector stays off."""
     transfer = vllm_config.kv_transfer_config
     config = Config.load(transfer.kv_connector_extra_config if transfer is not None else {})
     logs.configure(config.log.level)
     if not config.enabled:
-        raise UnsupportedError("switched off by its settings (KVOFFLOAD_DISABLED, or enabled: false)")
+        raise SwitchedOff("by its settings (KVOFFLOAD_DISABLED, or enabled: false)")
     reason = refusals.why_not(vllm_config, kv_cache_config)
     if reason is not None:
         raise UnsupportedError(reason)
@@ -85,6 +89,10 @@ class SchedulerHalf:
             self.side.turn_off(f"{len(workers)} worker halves announced themselves: exactly one rank is supported yet")
             return
         self.host.join(workers[0].address())
+
+    def bump_all(self) -> None:
+        """No save that is under way now will count."""
+        self.ledger.bump_all()
 
     def flush(self, timeout_s: float) -> bool:
         try:

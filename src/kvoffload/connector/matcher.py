@@ -38,6 +38,7 @@ class Matcher:
         self.generation = 0
         self.credits = settings.max_loads
         self.zero_reasons: dict[str, int] = {}
+        self._has_waited_in_vain = False
 
     # ------------------------------------------------------------ answering vLLM
 
@@ -91,6 +92,9 @@ class Matcher:
 
     def _await(self, record: RequestRecord, now: float, engine_is_idle: bool) -> None:
         self._pump()
+        if self._has_waited_in_vain:
+            # Once per step is enough: a hub that hangs must not cost every waiting request its wait.
+            return
         if engine_is_idle:
             until = now + self._settings.wait_idle_s
         elif not record.has_waited:
@@ -101,6 +105,11 @@ class Matcher:
         while record.phase is Phase.ASKED and (left := until - self._clock()) > 0:
             self._hub.wait(left)
             self._pump()
+        self._has_waited_in_vain = record.phase is Phase.ASKED
+
+    def new_step(self) -> None:
+        """vLLM has done with this step's requests."""
+        self._has_waited_in_vain = False
 
     def _none_or_zero(self, record: RequestRecord, reason: str) -> int | None:
         """None while the deadline has not passed, then 0 for good."""

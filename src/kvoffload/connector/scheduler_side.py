@@ -154,6 +154,8 @@ class SchedulerSide:
 
     def plan_withdrawn(self, request_id: str, blocks: list[int], num_external_tokens: int) -> None:
         """Never to happen: vLLM waits for a load that nobody can do, into the last of ``blocks``. Reported failed, so that vLLM computes."""
+        if any(load.request == request_id for load in self._planned):
+            return
         count = -(-num_external_tokens // self._settings.block_size)
         load = PlannedLoad(self._next_job(), request_id, (), tuple(blocks[-count:]), withdrawn=True)
         self._planned.append(load)
@@ -191,6 +193,7 @@ class SchedulerSide:
 
     def build_connector_meta(self, output: SchedulerOutput) -> StepMetadata:
         self._step += 1
+        self.matcher.new_step()
         self._pump()
         for request_id in output.preempted_req_ids or ():
             record = self.records.get(request_id)
@@ -237,7 +240,7 @@ class SchedulerSide:
                         if record is not None:
                             self.saver.offer_again(record, self._step)
                 case ConnectorOff():
-                    self.turn_off(message.reason, on_purpose=message.on_purpose)
+                    self.turn_off(message.reason, quiet=True)
 
     # ------------------------------------------------------------ ends
 
@@ -253,11 +256,11 @@ class SchedulerSide:
                 record.may_save = False
         self._planned = [PlannedLoad(load.job, load.request, load.slots, load.blocks, withdrawn=True) for load in self._planned]
 
-    def turn_off(self, reason: str, *, on_purpose: bool = False) -> None:
+    def turn_off(self, reason: str, *, quiet: bool = False) -> None:
         """No new promise and no new save from here on. The ledger and the promised loads go on."""
         if self.off_reason is None:
             self.off_reason = reason
-            (log.info if on_purpose else log.error)("connector off: vLLM goes on without kvoffload", reason=reason)
+            (log.info if quiet else log.error)("connector off: vLLM goes on without kvoffload", reason=reason)
 
     @property
     def has_pending_loads(self) -> bool:

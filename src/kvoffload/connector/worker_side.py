@@ -81,6 +81,13 @@ class WorkerSide:
             else:
                 self._pending[load.job] = PendingLoad(load, handle, now + self._settings.start_deadline_s)
 
+    def start_none(self, metadata: StepMetadata) -> None:
+        """`start_load_kv` failed: what of this step's loads was not handed over is off, and vLLM is told."""
+        for load in metadata.loads:
+            pending = self._pending.setdefault(load.job, PendingLoad(load, None, self._clock()))
+            if pending.handle is None:
+                self._end(load.job, LoadOutcome.WITHDRAWN)
+
     def wait_for_save(self, metadata: StepMetadata) -> None:
         """Tell the copy threads that this step's blocks have been computed, or will have been at the mark."""
         if not metadata.saves or self._copies is None:

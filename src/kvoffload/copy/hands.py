@@ -76,6 +76,7 @@ class CopyHands:
         self._saves_untold = 0
         self._takes_loads = self._takes_saves = True
         self._closing = False
+        self._given_up = False
         self._threads = [
             threading.Thread(target=self._run, args=(self._load_loop,), name="kvoffload-load", daemon=True),
             threading.Thread(target=self._run, args=(self._save_loop,), name="kvoffload-save", daemon=True),
@@ -296,9 +297,16 @@ class CopyHands:
     # ------------------------------------------------------------ ends
 
     def wait_idle(self, timeout_s: float) -> bool:
-        """Whether, within ``timeout_s``, everything taken so far was reported. Grants that wait for their half do not count."""
+        """Whether, within ``timeout_s``, everything taken so far was reported. Grants that wait for their half do not count.
+
+        Nobody waits any longer for a copy that `close` has given up.
+        """
         with self._lock:
-            return self._told.wait_for(lambda: not self._live_loads and not self._saves_untold, timeout=timeout_s)
+            self._told.wait_for(lambda: self._is_idle() or self._given_up, timeout=timeout_s)
+            return self._is_idle()
+
+    def _is_idle(self) -> bool:
+        return not self._live_loads and not self._saves_untold
 
     def close(self, timeout_s: float) -> bool:
         """Take nothing more, withdraw what has not started, and end the threads; whether they ended within ``timeout_s``.
@@ -315,7 +323,11 @@ class CopyHands:
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join(max(0.0, deadline - time.monotonic()))
-        return not any(thread.is_alive() for thread in self._threads)
+        ended = not any(thread.is_alive() for thread in self._threads)
+        with self._lock:
+            self._given_up = not ended
+            self._told.notify_all()
+        return ended
 
     def _run(self, loop: Callable[[], None]) -> None:
         try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import anyio
 
@@ -17,7 +18,7 @@ from kvoffload.layout import Tensor
 from kvoffload.ledger import Ledger
 from kvoffload.observe.logs import get_logger
 from kvoffload.runtime.hub import HubRuntime, RankPort
-from kvoffload.runtime.worker import Rank, WorkerRuntime, WrapEngine
+from kvoffload.runtime.worker import FromRank, Rank, WorkerRuntime, WrapEngine
 
 log = get_logger("hosts")
 
@@ -31,19 +32,25 @@ PEER_LIMIT_S = 1.0
 class WorkerHost:
     """A worker half's loop thread, with its runtime, and its end of the link."""
 
-    def __init__(self, config: Config, rank: Rank) -> None:
+    def __init__(self, config: Config, rank: Rank, listener: link.Listener) -> None:
         self.loop = LoopThread("worker", lambda error: self.runtime.turn_off(f"the worker's loop failed: {error!r}"))
         self.loop.start()
         self.runtime = WorkerRuntime(config, rank, self.loop.call_soon)
-        self._listener = link.listen()
+        self._listener = listener
         self._serving: anyio.CancelScope | None = None
         self._link: link.Link | None = None
         self._is_joined_here = False
 
     @classmethod
     def start(cls, config: Config, number: int, kv_caches: Mapping[str, Tensor], num_blocks: int, wrap: WrapEngine) -> WorkerHost:
-        """Prove, start, and wait for the hub in the background. Raises what `Rank.prepare` raises."""
-        host = cls(config, Rank.prepare(config, number, kv_caches, num_blocks, wrap))
+        """Prove, start, and wait for the hub in the background. Raises what `Rank.prepare` and `link.listen` raise."""
+        listener = link.listen()
+        try:
+            rank = Rank.prepare(config, number, kv_caches, num_blocks, wrap)
+        except BaseException:
+            listener.close()
+            raise
+        host = cls(config, rank, listener)
         link.register_half(host.address.token, host)
         host.runtime.start()
         host.loop.submit(host.runtime.run)
@@ -90,7 +97,7 @@ class WorkerHost:
 
     def _lose_hub(self, reason: str) -> None:
         assert self._link is not None
-        self.runtime.turn_off(f"the link to the hub is lost: {reason}", on_purpose=self._link.peer_left)
+        self.runtime.turn_off(f"the link to the hub is lost: {reason}", quiet=self._link.peer_left)
 
     def _hello(self) -> link.Hello:
         rank = self.runtime.rank
@@ -137,9 +144,9 @@ class HubHost:
     def _join_here(self, worker: WorkerHost) -> None:
         worker.join_here()
         slots = worker.runtime.rank.segment.slots
-        reports = self.hub.open(slots, [RankPort(worker.runtime.deliver)], worker.loop.call_soon, worker.loop.heartbeat)
+        self.hub.open(slots, [RankPort(worker.runtime.deliver)], worker.loop.call_soon, worker.loop.heartbeat)
         worker.loop.submit(self.hub.run)
-        worker.runtime.attach(self._ledger, reports.owe)
+        worker.runtime.attach(self._ledger, partial(self.hub.deliver, worker.runtime.rank.number))
 
     async def _join_over_link(self, address: link.LinkAddress) -> None:
         assert self._loop is not None
@@ -152,10 +159,11 @@ class HubHost:
         self._link = joined
         hello = worker.hello
         port = RankPort(joined.send, lambda: joined.peer_age_s() < PEER_LIMIT_S)
-        reports = self.hub.open(hello.capacity_slots, [port], self._loop.call_soon, self._loop.heartbeat)
+        self.hub.open(hello.capacity_slots, [port], self._loop.call_soon, self._loop.heartbeat)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self.hub.run)
-            await joined.run(reports.owe, lambda reason: self.hub.lose_rank(hello.rank, reason, on_purpose=joined.peer_left))
+            deliver: Callable[[FromRank], None] = partial(self.hub.deliver, hello.rank)
+            await joined.run(deliver, lambda reason: self.hub.lose_rank(hello.rank, reason, quiet=joined.peer_left))
 
     def close(self, timeout_s: float) -> None:
         self.hub.close()

@@ -16,6 +16,7 @@ from kvoffload.mailbox import OnFull, Receiver, Reply, Sender, ThreadSender, ope
 from kvoffload.mailbox_state import CallSoon
 from kvoffload.messages import ConnectorOff, Flush, RankLost, SlotGrant, ToL1Manager, ToScheduler
 from kvoffload.observe.logs import get_logger
+from kvoffload.runtime.worker import FromRank
 from kvoffload.supervisor import Child, RestartPolicy, Supervisor
 
 log = get_logger("hub")
@@ -46,8 +47,8 @@ class HubRuntime:
         self._opened: _Opened | None = None
         self.off_reason: str | None = None
 
-    def open(self, slots: int, ranks: Sequence[RankPort], call_soon: CallSoon, heartbeat: Heartbeat | None) -> ThreadSender[ToL1Manager]:
-        """Every rank is there, with segments of ``slots`` slots; gives the sender for what the ranks report, from any thread.
+    def open(self, slots: int, ranks: Sequence[RankPort], call_soon: CallSoon, heartbeat: Heartbeat | None) -> None:
+        """Every rank is there, with segments of ``slots`` slots; what they report is for `deliver`.
 
         ``call_soon`` schedules into the loop that `run` will run on; ``heartbeat`` is that loop's.
         """
@@ -59,7 +60,6 @@ class HubRuntime:
         posts, reports = sender.threadsafe(), sender.threadsafe()
         sender.close()
         self._opened = _Opened(tuple(ranks), heartbeat, posts, reports, core, manager)
-        return reports
 
     async def run(self) -> None:
         """L1Manager, supervised: when it crashes its state cannot be trusted, and the connector goes off."""
@@ -67,22 +67,29 @@ class HubRuntime:
         policy = RestartPolicy(restarts=0, escalate=lambda child, error: self.turn_off(f"{child} crashed: {error!r}"))
         await Supervisor([Child("l1_manager", self._opened.manager.run, policy)]).run()
 
-    def turn_off(self, reason: str, *, on_purpose: bool = False) -> None:
-        """No new promise from here on; both halves are told. On the loop. ``on_purpose``: the engine is being shut down."""
+    def turn_off(self, reason: str, *, quiet: bool = False) -> None:
+        """No new promise from here on; both halves are told. From any thread. ``quiet``: it was said by who noticed, or the engine is being shut down."""
         if self.off_reason is not None:
             return
         self.off_reason = reason
-        (log.info if on_purpose else log.error)("connector off: vLLM goes on without kvoffload", reason=reason)
-        message = ConnectorOff(reason, on_purpose)
+        (log.info if quiet else log.error)("connector off: vLLM goes on without kvoffload", reason=reason)
+        message = ConnectorOff(reason)
         self._on_answer(message)
         for rank in self._opened.ranks if self._opened is not None else ():
             rank.send(message)
 
-    def lose_rank(self, rank: int, reason: str, *, on_purpose: bool = False) -> None:
-        """On the loop: this rank will not report any more, though its process may still use its slots."""
+    def deliver(self, rank: int, message: FromRank) -> None:
+        """What a rank sends to the hub. From any thread."""
+        if isinstance(message, ConnectorOff):
+            self.lose_rank(rank, message.reason, quiet=True)
+        elif self._opened is not None:
+            self._opened.reports.owe(message)
+
+    def lose_rank(self, rank: int, reason: str, *, quiet: bool = False) -> None:
+        """This rank will not report any more, though its process may still use its slots. From any thread."""
         if self._opened is not None:
             self._opened.reports.owe(RankLost(rank, reason))
-        self.turn_off(f"rank {rank} is lost: {reason}", on_purpose=on_purpose)
+        self.turn_off(f"rank {rank} is lost: {reason}", quiet=quiet)
 
     def close(self) -> None:
         """Let `run` end once what was posted has been handled."""

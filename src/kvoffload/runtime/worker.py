@@ -16,7 +16,7 @@ from kvoffload.copy.proof import prove
 from kvoffload.errors import CapacityError
 from kvoffload.layout import BlockLayout, Tensor
 from kvoffload.ledger import Ledger
-from kvoffload.limits import check_capacity
+from kvoffload.limits import available_bytes, check_capacity
 from kvoffload.mailbox import OnFull, Receiver, Sender, open_mailbox
 from kvoffload.mailbox_state import CallSoon
 from kvoffload.messages import (
@@ -37,6 +37,7 @@ from kvoffload.supervisor import Child, RestartPolicy, Supervisor
 log = get_logger("worker")
 
 WrapEngine = Callable[[CopyEngine], CopyEngine]
+FromRank = FromGpuCopy | ConnectorOff
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,20 +59,22 @@ class Rank:
             )
         check_capacity(config.l1.capacity_bytes, config.l1.reserve_bytes)
         segment = Segment.create(config.l1.capacity_bytes, layout.slot_bytes)
+        ledger = Ledger(num_blocks)  # for the proof alone: the scheduler's comes with `WorkerRuntime.attach`
         try:
-            ledger = Ledger(num_blocks)
             engine = HostCopyEngine(layout, segment, ledger)
             prove(layout, engine, kv_caches, segment, ledger)
         except BaseException:
             segment.close()
             raise
+        finally:
+            ledger.close()
         return cls(number, layout, segment, wrap(engine))
 
 
 class WorkerRuntime:
     """Runs one rank. `run` is the loop's half; what vLLM's thread calls is the `CopyPort` below and never waits, save `wait`.
 
-    ``call_soon`` schedules into the loop that `run` runs on. Reports go to ``to_l1`` of `attach`; until then only growth is remembered.
+    ``call_soon`` schedules into the loop that `run` runs on. Reports go to ``to_hub`` of `attach`; until then only growth is remembered.
     """
 
     def __init__(self, config: Config, rank: Rank, call_soon: CallSoon, on_load_ended: Callable[[LoadEnded], None] | None = None) -> None:
@@ -80,7 +83,7 @@ class WorkerRuntime:
         self._config = config
         self._inbox: Inbox[LoadEnded] = Inbox()
         self._on_load_ended = on_load_ended or self._inbox.put
-        self._to_l1: Callable[[FromGpuCopy], None] | None = None
+        self._to_hub: Callable[[FromRank], None] | None = None
         self._grown: SegmentGrown | None = None
         self._lock = threading.Lock()
         sender: Sender[ToGpuCopy | CopyFact]
@@ -96,7 +99,7 @@ class WorkerRuntime:
         )
         self.hands = CopyHands(rank.engine, self._on_load_ended, self._facts.owe, hands_config)
         self._gpu_copy = GpuCopy(GpuCopyConfig(rank=rank.number), self.hands, receiver, self._report)
-        self._populator = Populator(rank.segment, self._segment_grown)
+        self._populator = Populator(rank.segment, self._segment_grown, headroom=self._headroom)
 
     # ------------------------------------------------------------ life
 
@@ -110,24 +113,32 @@ class WorkerRuntime:
         policy = RestartPolicy(restarts=0, escalate=lambda child, error: self.turn_off(f"{child} crashed: {error!r}"))
         await Supervisor([Child("gpu_copy", self._gpu_copy.run, policy)]).run()
 
-    def attach(self, ledger: Ledger, to_l1: Callable[[FromGpuCopy], None]) -> None:
-        """The hub is there: check saves against its ledger, and report to its L1Manager. ``to_l1`` is called here and on the loop."""
+    def attach(self, ledger: Ledger, to_hub: Callable[[FromRank], None]) -> None:
+        """The hub is there: check saves against its ledger, and report to it. ``to_hub`` may be called from any thread."""
         self.rank.engine.use_ledger(ledger)
         with self._lock:
-            self._to_l1 = to_l1
+            self._to_hub = to_hub
             grown = self._grown
         if grown is not None:
-            to_l1(grown)
-
-    def turn_off(self, reason: str, *, on_purpose: bool = False) -> None:
-        """Save nothing more, start no load that has not started; running copies end. From any thread."""
+            to_hub(grown)
         if self.off_reason is not None:
-            return
+            to_hub(ConnectorOff(self.off_reason))
+
+    def turn_off(self, reason: str, *, quiet: bool = False) -> None:
+        """Save nothing more, start no load that has not started; running copies end. The hub is told. From any thread."""
+        if self._stop(reason):
+            say = log.info if quiet else log.error
+            say("connector off on this rank: vLLM goes on without kvoffload", rank=self.rank.number, reason=reason)
+            self._report(ConnectorOff(reason))
+
+    def _stop(self, reason: str) -> bool:
+        if self.off_reason is not None:
+            return False
         self.off_reason = reason
-        say = log.info if on_purpose else log.error
-        say("connector off on this rank: vLLM goes on without kvoffload", rank=self.rank.number, reason=reason)
         self.hands.stop_saving()
         self.hands.withdraw_all_unstarted()
+        self._populator.close(0)
+        return True
 
     def close(self, timeout_s: float) -> bool:
         """End the threads, and with them `run`. False when a copy is still running: then the segment is left to the end of the process."""
@@ -147,17 +158,21 @@ class WorkerRuntime:
         """On the loop: what the hub sends to this rank."""
         if isinstance(message, SlotGrant):
             self._grants.owe(message)
-        else:
-            self.turn_off(message.reason, on_purpose=message.on_purpose)
+        elif self._stop(message.reason):
+            log.info("connector off on this rank, by the hub", rank=self.rank.number, reason=message.reason)
 
-    def _report(self, message: FromGpuCopy) -> None:
-        """On the loop, from GpuCopy. Before the hub is there only growth has happened."""
+    def _report(self, message: FromRank) -> None:
+        """From any thread. Before the hub is there only growth has happened."""
         with self._lock:
-            to_l1 = self._to_l1
+            to_hub = self._to_hub
             if isinstance(message, SegmentGrown):
                 self._grown = message
-        if to_l1 is not None:
-            to_l1(message)
+        if to_hub is not None:
+            to_hub(message)
+
+    def _headroom(self) -> int:
+        """Bytes that may still be taken: what was free at the start may be somebody else's by now."""
+        return available_bytes().bytes - self._config.l1.reserve_bytes
 
     def _segment_grown(self, slots: int) -> None:
         """On the populating thread."""

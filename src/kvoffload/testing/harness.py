@@ -69,7 +69,7 @@ class Life:
             (2, self._abort),
             (2, self._feed_session),
             (0.6, self._reset),
-            (2.5, self._clear_engine_cache),
+            (4, self._clear_engine_cache),
             (0.5, self._wait),
         ]
         if simulation.settings.faults:
@@ -200,7 +200,7 @@ class Life:
         self.simulation.copies.hold_saves = not self._mostly()
 
     def _mostly(self) -> bool:
-        return self._rng.random() < 0.7
+        return self._rng.random() < 0.8
 
 
 def run(

@@ -14,7 +14,7 @@ from kvoffload.messages import BlockKey
 HOTTEST = 3
 """A slot's uses are counted up to this."""
 
-CHANCES = 1_000
+CHANCES = 500
 """How many used slots get another round in one reservation; behind that slots go in their order, used or not. The paper's loop has no
 bound, and at a million slots, all of them hot, it would stop the actor for a third of a second."""
 
@@ -58,13 +58,13 @@ class S3FIFO:
     def admit(self, slots: Iterable[int]) -> None:
         after, before, heat, keys = self._after, self._before, self._heat, self._keys
         ghosts = self.ghosts
-        tags, mask = ghosts.tags, ghosts.mask
+        table, mask = ghosts.table, ghosts.mask
         head = self._head
         last = before[head]
         count = 0
         for slot in slots:
             digest = hash(keys[slot])
-            if tags[digest & mask] == digest >> 32 and ghosts.pop(digest):
+            if table[digest & mask] == digest >> 32 and ghosts.pop(digest):
                 self._into_main(slot)
                 continue
             after[last] = slot

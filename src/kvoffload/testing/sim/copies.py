@@ -130,7 +130,7 @@ class SimCopies:
             load.fails_at = self._rng.randrange(2 * len(message.blocks))
         return load
 
-    def withdrawn(self, job: Job) -> None:
+    def withdrawn(self, job: Job, request: str) -> None:
         self._close_load(job, LoadOutcome.WITHDRAWN)
 
     def take(self) -> Sequence[LoadEnded]:

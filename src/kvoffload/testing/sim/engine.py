@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import tempfile
 from functools import lru_cache
 from pathlib import Path
@@ -34,6 +35,8 @@ _MODEL = {
 @lru_cache(maxsize=1)
 def _base_config() -> VllmConfig:
     """Made once per process: it takes two seconds."""
+    # A simulation resets caches that are in use thousands of times; vLLM warns of each.
+    logging.getLogger("vllm").setLevel(logging.ERROR)
     from vllm.config import CacheConfig, DeviceConfig, KVTransferConfig, ModelConfig, SchedulerConfig, VllmConfig
 
     with tempfile.TemporaryDirectory(prefix="kvoffload-sim-") as directory:
