@@ -268,7 +268,7 @@ class Runtime:
     def _check_blocks(self, parts: _Parts, blocks: Sequence[int]) -> None:
         if len(set(blocks)) != len(blocks):
             raise MisuseError("a block is named twice")
-        if blocks and not (0 <= min(blocks) and max(blocks) < parts.num_blocks):
+        if blocks and not (min(blocks) >= 0 and max(blocks) < parts.num_blocks):
             raise MisuseError(f"blocks are numbered 0 to {parts.num_blocks - 1}, not {min(blocks)} to {max(blocks)}")
 
     def _loop_failed(self, error: BaseException) -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from tests.connector.ports import BLOCK_SIZE, Clock, FakeHub, hit_for, make_record
 
 from kvoffload.connector.matcher import Matcher, MatchSettings
 from kvoffload.connector.record import Phase, RequestRecord
 from kvoffload.messages import ForgetRequest, HitReason, MatchPrefix, PrefixHit, ReleaseHit
-from tests.connector.ports import BLOCK_SIZE, Clock, FakeHub, hit_for, make_record
 
 
 class Bench:

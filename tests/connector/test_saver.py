@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 
 import pytest
+from tests.connector.ports import BLOCK_SIZE, NAMESPACE, Clock, FakeHub, FakeLedger, generate, make_output, make_record
 
 from kvoffload.connector.record import RequestRecord
 from kvoffload.connector.saver import REOFFER_STEPS, Saver, cut
 from kvoffload.keys import KeyChain
 from kvoffload.messages import ROOT, DropReason, ReserveSlots, SaveRun
-from tests.connector.ports import BLOCK_SIZE, NAMESPACE, Clock, FakeHub, FakeLedger, generate, make_output, make_record
 
 
 class Bench:

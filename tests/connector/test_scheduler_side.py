@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from tests.connector.ports import BLOCK_SIZE, NAMESPACE, Clock, FakeHub, FakeLedger, blocks_of, hit_for, make_output, make_request
 
 from kvoffload.connector.matcher import MatchSettings
 from kvoffload.connector.record import Phase
@@ -21,7 +22,6 @@ from kvoffload.messages import (
     ResetCache,
     StartLoad,
 )
-from tests.connector.ports import BLOCK_SIZE, NAMESPACE, Clock, FakeHub, FakeLedger, blocks_of, hit_for, make_output, make_request
 
 
 class Bench:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from tests.connector.ports import Clock, FakeCopies
 
 from kvoffload.connector.metadata import PlannedLoad, StepMetadata
 from kvoffload.connector.worker_side import WorkerSettings, WorkerSide
 from kvoffload.messages import LoadOutcome, SaveBlocks
-from tests.connector.ports import Clock, FakeCopies
 
 
 class Bench:

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tests.pipeline.hosts import SLOTS, Hosts, blocked, until
 
 from kvoffload.link import find_half
 from kvoffload.messages import DropReason, LoadOutcome
-from tests.pipeline.hosts import SLOTS, Hosts, blocked, until
 
 LIMIT_S = 3.0
 """For `shutdown`."""

@@ -26,6 +26,7 @@ from kvoffload.messages import (
     SlotGrant,
     ToGpuCopy,
 )
+from kvoffload.observe.profiling import tagged
 
 FromGpuCopy = BlocksFilled | LoadFinished | SegmentGrown
 
@@ -85,8 +86,9 @@ class GpuCopy:
             while True:
                 with anyio.move_on_after(self._time_left()):
                     self._burst.extend(await self._receiver.receive_burst())
-                self._handle_burst()
-                self._keep_time()
+                with tagged("gpu_copy"):
+                    self._handle_burst()
+                    self._keep_time()
                 if self._crash is not None:
                     raise InternalError(f"a copy thread of rank {self._config.rank} crashed: {self._crash!r}") from self._crash
         except EndOfMailbox:

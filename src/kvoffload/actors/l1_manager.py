@@ -14,6 +14,7 @@ from kvoffload.l1.core import L1Core
 from kvoffload.l1.effects import ToRank
 from kvoffload.mailbox import EndOfMailbox, Receiver, Reply
 from kvoffload.messages import Drain, Flush, Job, SlotGrant, ToL1Manager, ToScheduler
+from kvoffload.observe.profiling import tagged
 
 BURST_S = 0.002
 """After so long the others on the loop have their turn; one message takes less."""
@@ -65,12 +66,18 @@ class L1Manager:
             self._settle()
 
     async def _handle_burst(self) -> None:
+        while self._burst:
+            with tagged("l1_manager"):
+                self._handle_for(BURST_S)
+            if self._burst:
+                await checkpoint()
+
+    def _handle_for(self, limit_s: float) -> None:
         begun = self._clock()
         while self._burst:
             self._handle(self._burst.popleft(), begun)
-            if self._burst and self._clock() - begun > BURST_S:
-                await checkpoint()
-                begun = self._clock()
+            if self._clock() - begun > limit_s:
+                return
 
     def _handle(self, message: ToL1Manager, now: float) -> None:
         if isinstance(message, Flush):

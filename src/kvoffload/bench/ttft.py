@@ -28,7 +28,7 @@ QUICK_LENGTHS = (556, 684)
 
 @dataclass(slots=True)
 class Times:
-    """Seconds to first token. ``shares``: kvoffload's own part of each hit, where it can be measured; ``memcpy_s``: a plain copy of as much."""
+    """Seconds to first token. ``shares``: kvoffload's own part of each hit, where it is measured; ``memcpy_s``: a plain copy of as much."""
 
     computed: list[float] = field(default_factory=list)
     loaded: list[float] = field(default_factory=list)

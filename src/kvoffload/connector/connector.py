@@ -65,6 +65,7 @@ class KVOffloadConnector(KVConnectorBase_V1):
         self.off_reason: str | None = None
         self.scheduler_half: SchedulerHalf | None = None
         self.worker_half: WorkerHalf | None = None
+        self._failed_hooks: set[str] = set()
         try:
             if role is KVConnectorRole.SCHEDULER:
                 self.scheduler_half = SchedulerHalf(vllm_config, kv_cache_config)
@@ -91,6 +92,9 @@ class KVOffloadConnector(KVConnectorBase_V1):
         say("connector off: vLLM goes on without kvoffload", reason=self.off_reason, role=self.role.name, exc_info=bug)
 
     def hook_failed(self, hook: str, error: Exception) -> None:
+        if hook in self._failed_hooks:  # said once is enough: it may fail in every step
+            return
+        self._failed_hooks.add(hook)
         log.error("a hook failed, please report this", hook=hook, role=self.role.name, exc_info=error)
         if self.scheduler_half is not None:
             self.scheduler_half.side.turn_off(f"hook {hook} failed: {error!r}")

@@ -43,6 +43,6 @@ def never_raises(neutral: Any, instead: Callable[..., Any] | None = None) -> Cal
 def _try(function: Callable[..., Any], *args: Any, neutral: Any = None) -> Any:
     try:
         return function(*args)
-    except Exception as error:  # what was to make up for a bug has one itself
-        log.error("what was to make up for a failed hook failed", what=getattr(function, "__qualname__", repr(function)), exc_info=error)
+    except Exception as error:  # what was to make up for a bug, which has been said, has one itself
+        log.debug("what was to make up for a failed hook failed", what=getattr(function, "__qualname__", repr(function)), exc_info=error)
         return neutral

@@ -34,6 +34,7 @@ from kvoffload.messages import (
     SlotGrant,
 )
 from kvoffload.observe.logs import get_logger
+from kvoffload.observe.profiling import tagged
 
 __all__ = ["CopyFact", "CopyHands", "HandsConfig", "HandsCrashed", "HandsStatistics", "LoadJob", "LoadState"]
 
@@ -136,7 +137,8 @@ class CopyHands:
                 job, _ = self._queued.popitem(last=False)
                 job.state = LoadState.STARTED
                 self._loading = True
-            self._load_one(job)
+            with tagged("copy_load"):
+                self._load_one(job)
 
     def _load_one(self, job: LoadJob) -> None:
         outcome, message = LoadOutcome.FAILED, job.message
@@ -237,7 +239,8 @@ class CopyHands:
                         return
                     self._save_ready.wait()
                 grant, after = self._pairs.popleft()
-            self._save_one(grant, after)
+            with tagged("copy_save"):
+                self._save_one(grant, after)
 
     def _save_one(self, grant: SlotGrant, after: object) -> None:
         flags: NDArray[np.bool_] = np.zeros(len(grant.slots), dtype=np.bool_)

@@ -121,8 +121,9 @@ def make_request(
     skip_reading: bool = False,
 ) -> Request:
     """A request as the engine core would make it; ``kvoffload`` are the opt-outs in its ``kv_transfer_params``."""
-    from vllm import SamplingParams
     from vllm.v1.request import Request
+
+    from vllm import SamplingParams
 
     params = SamplingParams(
         max_tokens=max_tokens,

@@ -68,6 +68,7 @@ class Simulation:
         self.clock = SimClock()
         self.trace = Trace()
         self.steps = 0
+        self._idle_steps = 0
         self.salts: dict[str, str | None] = {}
         self.memory = SimMemory(settings.blocks, settings.slots)
         self.ledger = SimLedger(settings.blocks)
@@ -186,6 +187,7 @@ class Simulation:
             self.step()
             if self.steps % 50 == 0:
                 self.clock.advance(1.0)
+            self._end_stuck_session()
         else:
             left = {name: request.status.name for name, request in self.scheduler.requests.items()}
             raise OracleError(f"requests never end: {left}", [f"request {name}" for name in left])
@@ -194,6 +196,15 @@ class Simulation:
         self._check_facade()
         if not self.hub.dead:
             self._check_l1()
+
+    def _end_stuck_session(self) -> None:
+        """vLLM's own deadlock, with or without a connector: sessions between two inputs hold all blocks, and are not preempted."""
+        if self._idle_steps < 200 or self.scheduler.running or self.oracle.loading:
+            return
+        stuck = [request.request_id for request in self.scheduler.kv_holding_waiting if request.resumable]
+        if stuck:
+            self._idle_steps = 0
+            self.abort(stuck[0])
 
     def _settle(self) -> None:
         self.clock.advance(self.settings.pair_timeout_s + 1)
@@ -252,6 +263,7 @@ class Simulation:
 
     def _execute(self) -> None:
         output = self._in_flight.popleft()
+        self._idle_steps = 0 if output.total_num_scheduled_tokens else self._idle_steps + 1
         waited = self.copies.waited_s
         result = self.worker.execute(output)
         late = self.copies.late_loads(self.settings.start_deadline_s)
