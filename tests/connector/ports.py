@@ -151,7 +151,9 @@ def make_record(name: str, tokens: int, *, may_save: bool = True, may_load: bool
     return RequestRecord(make_request(name, tokens), KeyChain(NAMESPACE, BLOCK_SIZE), b"", may_save=may_save, may_load=may_load)
 
 
-def hit_for(record: RequestRecord, slots: int, *, generation: int = 0, expires: float = 1e9, sequence: int | None = None, **changes: Any) -> PrefixHit:
+def hit_for(
+    record: RequestRecord, slots: int, *, generation: int = 0, expires: float = 1e9, sequence: int | None = None, **changes: Any
+) -> PrefixHit:
     """An answer to the record's last question."""
     from kvoffload.messages import HitReason
 

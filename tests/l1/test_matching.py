@@ -20,7 +20,7 @@ from kvoffload.messages import (
     StartLoad,
 )
 
-A, B = chain("a", 4), chain("b", 4)
+A, B, C = chain("a", 4), chain("b", 4), chain("c", 4)
 
 
 def loaded(rig: Rig, job: int, outcome: LoadOutcome = LoadOutcome.LOADED, rank: int = 0) -> None:
@@ -80,11 +80,16 @@ def test_waiting_requests_protect_at_most_their_share() -> None:
     rig = Rig(12, max_waiting_share=0.5)
     rig.save(A)
     rig.save(B)
+    rig.save(C)
     assert rig.match(A, "x").reason == HitReason.HIT
-    refused = rig.match(B, "y")
-    assert (refused.reason, refused.slots) == (HitReason.NO_ROOM, ())
-    assert rig.core.statistics().protected == 4
+    short = rig.match(B, "y")
+    assert (short.reason, len(short.slots)) == (HitReason.NO_ROOM, 2), "as much as there is room for"
+    assert rig.core.statistics().protected == 6
     assert rig.match(A[:3], "z").reason == HitReason.HIT, "what is protected already costs nothing"
+    assert rig.match(B[:2], "u").reason == HitReason.HIT
+    none = rig.match(C, "w")
+    assert (none.reason, none.slots) == (HitReason.NO_ROOM, ())
+    rig.send(ForgetRequest("u"))
     rig.send(ForgetRequest("x"))
     rig.send(ForgetRequest("z"))
     assert rig.match(B, "y").reason == HitReason.HIT

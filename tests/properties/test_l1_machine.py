@@ -189,9 +189,9 @@ class L1Machine(RuleBasedStateMachine):
             assert (hit.reason, hit.slots) == (HitReason.OFF, ())
             return
         assert hit.pending == pending
-        if hit.reason == HitReason.HIT:
-            assert hit.slots == tuple(ready[key] for key in keys[:expected])
-            assert hit.slots
+        if hit.slots:
+            assert hit.slots == tuple(ready[key] for key in keys[: len(hit.slots)])
+            assert (hit.reason, len(hit.slots)) == (HitReason.HIT, expected) or (hit.reason == HitReason.NO_ROOM and len(hit.slots) < expected)
             assert hit.expires > self.now
             self.hits[request] = hit, keys
             for rank in range(self.ranks):

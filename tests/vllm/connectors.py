@@ -58,4 +58,6 @@ def transfer_config(connector: str = "KVOffloadConnector", module: str = "kvoffl
 
 
 def faulty_config(**extra: Any) -> dict[str, Any]:
-    return transfer_config("FaultyConnector", __name__, **extra)
+    """The deadlines are long, so that a hit is one however busy the machine is; a test that is about them sets its own."""
+    patient = {"match": {"deadline_ms": 20_000}, "load": {"start_deadline_ms": 20_000}}
+    return transfer_config("FaultyConnector", __name__, **{**patient, **extra})

@@ -13,7 +13,8 @@ from tests.vllm.prompts import prompt, prompts
 
 from kvoffload.messages import DropReason
 
-SLOW_S = 0.015
+SLOW_S = (0.015, 0.03, 0.06, 0.12)
+"""The first is enough, unless the machine is so busy that the engine itself is slower than that."""
 
 
 @pytest.fixture
@@ -62,16 +63,22 @@ def _reuse(tiny: Engine, plain: Plain, seed: object) -> list[str]:
 
 
 def test_saves_slower_than_reuse(tiny: Engine, plain: Plain) -> None:
-    tiny.copies.slow(SLOW_S)
-    assert _reuse(tiny, plain, "slow saves") == []
-    assert tiny.l1().drops[DropReason.OVERWRITTEN] > 0  # or this would have tested nothing
+    for slow_s in SLOW_S:
+        tiny.copies.slow(slow_s)
+        assert _reuse(tiny, plain, slow_s) == []
+        if DropReason.OVERWRITTEN in tiny.l1().drops:
+            return
+    raise AssertionError("no block was overwritten under its save: this tested nothing")
 
 
 def test_saves_slower_than_reuse_without_the_ledger(tiny: Engine, plain: Plain) -> None:
     """The negative control: where nobody looks at the ledger, the same workload brings back the wrong KV."""
-    tiny.copies.slow(SLOW_S)
     tiny.copies.ignore_ledger()
-    assert len(_reuse(tiny, plain, "slow saves")) > 0
+    for slow_s in SLOW_S:
+        tiny.copies.slow(slow_s)
+        if _reuse(tiny, plain, slow_s):
+            return
+    raise AssertionError("wrong KV was not noticed, or there was none")
 
 
 def test_l1_churns(plain: Plain) -> None:
@@ -97,7 +104,7 @@ def test_l1_churns(plain: Plain) -> None:
 @pytest.mark.long
 def test_preempted_for_long(small: Engine, plain: Plain) -> None:
     for seed in range(6):
-        small.copies.slow([0.0, 0.002, SLOW_S][seed % 3])
+        small.copies.slow([0.0, 0.002, SLOW_S[0]][seed % 3])
         asked = [*_workload(seed), *_workload((seed, 2)), prompt(300, seed)]
         for _ in range(2):
             assert_same(plain.generate(asked, 60), small.generate(asked, 60))

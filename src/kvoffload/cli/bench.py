@@ -10,7 +10,7 @@ from importlib import import_module
 
 from kvoffload.bench.figures import Figure
 from kvoffload.cli.progress import Progress
-from kvoffload.errors import KVOffloadError
+from kvoffload.errors import KVOffloadError, UnsupportedError
 
 NAME_WIDTH = 52
 
@@ -23,8 +23,10 @@ def runners(names: Sequence[str]) -> dict[str, Runner]:
 
     def runner(name: str) -> Runner:
         def run(quick: bool) -> list[Figure]:
-            found: list[Figure] = import_module(f"kvoffload.bench.{name}").run(quick)
-            return found
+            measure: Runner | None = getattr(import_module(f"kvoffload.bench.{name}"), "run", None)
+            if measure is None:
+                raise UnsupportedError(f"kvoffload.bench.{name} has no run()")
+            return measure(quick)
 
         return run
 

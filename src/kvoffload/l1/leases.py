@@ -27,14 +27,24 @@ class Leases:
     def __len__(self) -> int:
         return len(self.held)
 
-    def grant(self, request: str, sequence: int, deepest: int, length: int, room: int) -> bool:
-        """Pin a hit for a request that holds none, unless that protects further slots and then more than ``room`` are protected."""
+    def grant(self, request: str, sequence: int, deepest: int, length: int, room: int) -> int:
+        """Pin a hit for a request that holds none; gives how much of it, from its first block on.
+
+        That is less than ``length`` where protecting further slots would bring their number above ``room``.
+        """
         slots = self._slots
-        if slots.pin(deepest) and slots.protected > room:
+        newly = slots.pin(deepest)
+        over = min(newly, slots.protected - room)
+        if over > 0:
+            # What was protected before lies above what was not, so the slots too many are the deepest.
             slots.unpin(deepest)
-            return False
+            length -= over
+            if not length:
+                return 0
+            deepest = slots.ancestor(deepest, over)
+            slots.pin(deepest)
         self.held[request] = Lease(sequence, deepest, length)
-        return True
+        return length
 
     def release_older(self, request: str, sequence: int) -> None:
         """The request asks anew, as ``sequence``: what it held goes."""

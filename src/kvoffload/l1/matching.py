@@ -13,7 +13,7 @@ _FILLING, _READY = int(State.FILLING), int(State.READY)
 
 
 def match(parts: Parts, message: MatchPrefix, generation: int, now: float) -> PrefixHit:
-    """Answer with the longest READY prefix, and lease it."""
+    """Answer with the longest READY prefix, or as much of it as there is room to protect, and lease it."""
     keys, state, index, counts = message.keys, parts.slots.state, parts.index, parts.counts
     parts.leases.release_older(message.request, message.sequence)
     length = index.length_with(keys, state, _READY)
@@ -21,14 +21,15 @@ def match(parts: Parts, message: MatchPrefix, generation: int, now: float) -> Pr
     slots: tuple[int, ...] = ()
     reason = HitReason.MISS
     if length:
-        reason = HitReason.NO_ROOM
-        deepest = index.find(keys[length - 1])
         room = int(parts.config.max_waiting_share * parts.slots.usable)
-        if parts.leases.grant(message.request, message.sequence, deepest, length, room):
-            reason = HitReason.HIT
-            chain = parts.slots.chain(deepest)
-            if len(chain) != length:
-                raise InternalError(f"request {message.request}: its keys are no chain, block {length} is block {len(chain)} of its prefix")
+        granted = parts.leases.grant(message.request, message.sequence, index.find(keys[length - 1]), length, room)
+        reason = HitReason.HIT if granted == length else HitReason.NO_ROOM
+        if granted:
+            chain = parts.slots.chain(index.find(keys[granted - 1]))
+            if len(chain) != granted:
+                raise InternalError(
+                    f"request {message.request}: its keys are no chain, block {granted} is block {len(chain)} of its prefix"
+                )
             parts.policy.touch(reversed(chain))
             slots = tuple(chain)
     counts.matches[reason] += 1

@@ -87,9 +87,7 @@ def make_scheduler(settings: SimSettings) -> Scheduler:
     kind = AsyncScheduler if settings.async_scheduling else Scheduler
     scheduler: Scheduler = kind(
         vllm_config=config,
-        kv_cache_config=KVCacheConfig(
-            num_blocks=settings.blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]
-        ),
+        kv_cache_config=KVCacheConfig(num_blocks=settings.blocks, kv_cache_tensors=[], kv_cache_groups=[KVCacheGroupSpec(["layer"], spec)]),
         structured_output_manager=StructuredOutputManager(config),
         block_size=BLOCK_SIZE,
         log_stats=False,

@@ -175,7 +175,9 @@ def _text(message: object) -> str:
             return f"BlocksFilled job {message.job}: filled {shorten(message.filled)}, failed {shorten(message.failed)} ({reason})"
         case PrefixHit():
             slots = shorten(message.slots)
-            return f"PrefixHit {message.request} #{message.sequence}: slots {slots} ({message.reason.name}, generation {message.generation})"
+            return (
+                f"PrefixHit {message.request} #{message.sequence}: slots {slots} ({message.reason.name}, generation {message.generation})"
+            )
         case MatchPrefix():
             return f"MatchPrefix {message.request} #{message.sequence}: {len(message.keys)} keys"
     return repr(message)

@@ -102,7 +102,9 @@ class HookOracle:
         if is_async != bool(tokens) or tokens % BLOCK_SIZE or tokens < 0:
             raise OracleError(f"{name} was answered {answer}", [f"request {name}"])
         if tokens and num_computed_tokens + tokens >= request.num_tokens:
-            raise OracleError(f"{name} was promised {tokens} tokens beyond {num_computed_tokens}, of {request.num_tokens}", [f"request {name}"])
+            raise OracleError(
+                f"{name} was promised {tokens} tokens beyond {num_computed_tokens}, of {request.num_tokens}", [f"request {name}"]
+            )
         if tokens and name in self._failed:
             raise OracleError(f"{name} had a load that failed, and is promised another one", [f"request {name}"])
         if tokens:

@@ -75,9 +75,7 @@ class Simulation:
         policy = "lru" if settings.policy == "lru" else "s3fifo"
         self.core = L1Core(L1Config(policy=policy, hit_lifetime_s=settings.hit_lifetime_s), settings.slots)  # type: ignore[arg-type]
         self.hub = _WatchedHub(self.core, settings, self.clock, self.rng, self.trace, self.progress)
-        self.copies = SimCopies(
-            self.hub, self.memory, self.ledger, settings, self.clock, self.rng, self.trace, self.progress, self._owns
-        )
+        self.copies = SimCopies(self.hub, self.memory, self.ledger, settings, self.clock, self.rng, self.trace, self.progress, self._owns)
         self.hub.copies = self.copies
         self.scheduler = make_scheduler(settings)
         self.side = scheduler_side(
@@ -115,7 +113,9 @@ class Simulation:
 
     def add(self, request: Request) -> None:
         """A new request, or a session's next input."""
-        self.trace.note(f"{request.request_id} comes: {request.num_tokens} tokens, up to {request.max_tokens} more", f"request {request.request_id}")
+        self.trace.note(
+            f"{request.request_id} comes: {request.num_tokens} tokens, up to {request.max_tokens} more", f"request {request.request_id}"
+        )
         self.salts[request.request_id] = request.cache_salt
         self.scheduler.add_request(request)
 
