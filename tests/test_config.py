@@ -32,7 +32,7 @@ def test_defaults() -> None:
     assert (config.l1.capacity_bytes, config.l1.policy, config.l1.reserve_bytes) == (4 * GIB, "s3fifo", GIB)
     assert (config.match.deadline_ms, config.match.wait_idle_ms, config.match.wait_busy_ms) == (50, 2.0, 0.5)
     assert (config.loads.max_jobs, config.loads.start_deadline_ms) == (64, 1000)
-    assert (config.save.enabled, config.save.max_jobs, config.save.pair_timeout_s) == (True, 256, 5)
+    assert (config.save.enabled, config.save.max_jobs, config.save.pair_timeout_s) == (True, 256, 60)
     assert (config.model.version, config.namespace, config.log.level) == (None, "", "warning")
     assert (config.profiling.enabled, config.profiling.server_address) == (False, "http://localhost:4040")
 

@@ -98,7 +98,7 @@ class SaveSettings(_Section):
         default=256, ge=1, le=65_536, description="saves that wait or run, one per step; beyond it they are dropped"
     )
     pair_timeout_s: Float = Field(
-        default=5.0, gt=0, le=600, description="a save whose step or whose slots do not come by then is dropped"
+        default=60.0, gt=0, le=600, description="a save whose step or whose slots do not come by then is dropped"
     )
 
 

@@ -107,6 +107,12 @@ class Runtime:
         if not tensors or block_size < 1:
             raise MisuseError(f"register() needs at least one tensor, and a block_size of at least 1, not {len(tensors)} and {block_size}")
         self._parts = await anyio.to_thread.run_sync(self._start, dict(tensors), block_size)
+        await self._first_slots(self._parts)
+
+    async def _first_slots(self, parts: _Parts) -> None:
+        """The news of the first slots is on its way to L1; a save right after `register` shall find them."""
+        while (statistics := parts.hub.statistics()) is not None and not statistics.usable and parts.hub.off_reason is None:
+            await anyio.sleep(0.001)
 
     def _start(self, tensors: Mapping[str, Tensor], block_size: int) -> _Parts:
         num_blocks = int(next(iter(tensors.values())).shape[0])

@@ -56,7 +56,7 @@ class Stage:
         self.sender, self.receiver = opened
         self.thread_sender: ThreadSender[ToGpuCopy | CopyFact] = self.sender.threadsafe()
         self.reported = 0
-        self.hands = CopyHands(self.engine, self.ended.append, self.report, HandsConfig(rank=RANK), self.clock)
+        self.hands = CopyHands(self.engine, self.ended.append, self.report, HandsConfig(rank=RANK, pair_timeout_s=5.0), self.clock)
         config = GpuCopyConfig(rank=RANK, settle_timeout_s=self.settle_timeout_s)
         self.actor = GpuCopy(config, self.hands, self.receiver, self.port or self.to_l1.append, self.clock)
 

@@ -82,7 +82,7 @@ def test_an_idle_engine_waits_each_time_until_the_deadline() -> None:
     bench = Bench(deadline_s=0.05)
     record = bench.record()
     begun = bench.clock.now
-    answers = []
+    answers: list[int | None] = []
     while not answers or answers[-1] is None:
         answers.append(bench.ask(record, idle=True))
         assert bench.clock.now - begun < 0.06

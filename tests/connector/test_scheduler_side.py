@@ -57,7 +57,7 @@ class Bench:
             request.num_computed_tokens = local + external
 
     def report(self, *names: str, invalid: tuple[int, ...] = ()) -> None:
-        self.side.update_connector_output(SimpleNamespace(finished_recving=set(names), invalid_block_ids=set(invalid)))  # type: ignore[arg-type]
+        self.side.update_connector_output(SimpleNamespace(finished_recving=set(names), invalid_block_ids=set(invalid)))
 
     def load(self, name: str = "r") -> Any:
         """A request whose 4 blocks are being loaded, into blocks 11 to 14."""

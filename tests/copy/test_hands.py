@@ -12,7 +12,7 @@ from kvoffload.copy.hands import CopyFact, CopyHands, HandsConfig, HandsCrashed,
 from kvoffload.messages import BlocksFilled, DropReason, LoadBlocks, LoadEnded, LoadOutcome, SaveBlocks, SlotGrant
 from kvoffload.testing.copy_faults import FaultyCopyEngine, InjectedCrash
 
-CONFIG = HandsConfig(rank=3, max_loads=4, max_saves=4, load_first_s=0.01)
+CONFIG = HandsConfig(rank=3, max_loads=4, max_saves=4, pair_timeout_s=5.0, load_first_s=0.01)
 
 
 @dataclass

@@ -188,7 +188,7 @@ class Copying:
         return is_half_done
 
 
-ATTEMPTS = 30
+ATTEMPTS = 200
 """A busy machine may not run the looking thread while the copy runs, some 10 ms: try again."""
 
 

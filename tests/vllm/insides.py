@@ -23,6 +23,17 @@ if TYPE_CHECKING:
 WAIT_S = 20.0
 """A bound for what takes milliseconds; only a failing test waits for it."""
 
+MATCH_DEADLINE_S = 0.25
+START_DEADLINE_S = 1.0
+PAIR_TIMEOUT_S = 1.0
+"""Of the engines of these tests; the first is longer than usual, so that a hit is one on a busy machine too."""
+
+DEADLINES: dict[str, Any] = {
+    "match": {"deadline_ms": MATCH_DEADLINE_S * 1e3},
+    "load": {"start_deadline_ms": START_DEADLINE_S * 1e3},
+    "save": {"pair_timeout_s": PAIR_TIMEOUT_S},
+}
+
 SCHEDULER_HOOKS = (
     "on_new_request",
     "get_num_new_matched_tokens",
@@ -204,7 +215,7 @@ class HookTimes:
     spent: dict[str, list[float]] = field(default_factory=dict)
     asked: dict[str, float] = field(default_factory=dict)
     matching: dict[str, float] = field(default_factory=dict)
-    """From the first time that vLLM asked for a request to the first answer."""
+    """How long vLLM was told, for a request, to ask again."""
 
     @classmethod
     def start(cls, insides: Insides) -> HookTimes:
@@ -228,8 +239,7 @@ class HookTimes:
             if name == "get_num_new_matched_tokens":
                 request = args[0].request_id
                 first = self.asked.setdefault(request, begun)
-                if result[0] is not None:
-                    self.matching.setdefault(request, ended - first)
+                self.matching[request] = max(self.matching.get(request, 0.0), 0.0 if result[0] is not None else ended - first)
             return result
 
         return timed
@@ -241,7 +251,5 @@ class HookTimes:
             if ordered:
                 assert ordered[int(0.95 * (len(ordered) - 1))] < 0.012, f"{name}: {ordered[-10:]}"
                 assert ordered[-1] < 0.25, f"{name}: {ordered[-10:]}"
-        slow = {request: spent for request, spent in self.matching.items() if spent > 0.3}
+        slow = {request: spent for request, spent in self.matching.items() if spent > MATCH_DEADLINE_S + 0.002}
         assert not slow, f"requests waited for an answer: {slow}"
-        late = sorted(self.matching.values())
-        assert not late or late[len(late) // 2] < 0.09, late

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from tests.vllm.connectors import transfer_config
-from tests.vllm.harness import engine
+from tests.vllm.harness import Engine
 from tests.vllm.outputs import assert_same
 from tests.vllm.plain import Plain
 from tests.vllm.prompts import prompts
@@ -20,6 +20,13 @@ CASES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
+class Off(Engine):
+    """Its connector does not get ready."""
+
+    def _wait_ready(self) -> None:
+        assert self.connector is not None
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_the_engine_lives_and_one_line_says_why(
     plain: Plain, case: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
@@ -28,7 +35,7 @@ def test_the_engine_lives_and_one_line_says_why(
     if case == "switched off":
         monkeypatch.setenv("KVOFFLOAD_DISABLED", "1")
     asked = prompts([100, 33], case)
-    with engine(transfer=transfer_config() | changes) as served:
+    with Off(transfer=transfer_config() | changes) as served:
         for _ in range(2):
             assert_same(plain.generate(asked), served.generate(asked))
             served.drop_engine_cache()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tests.vllm.connectors import faulty_config
 from tests.vllm.harness import Engine, engine
-from tests.vllm.insides import HookTimes, Insides, hanging, until
+from tests.vllm.insides import DEADLINES, PAIR_TIMEOUT_S, START_DEADLINE_S, HookTimes, Insides, hanging, until
 from tests.vllm.outputs import assert_same
 from tests.vllm.plain import Plain
 from tests.vllm.prompts import prompt, prompts
@@ -19,16 +19,12 @@ from tests.vllm.roundtrip import check_hits
 BLOCKS = 40
 """Of the engine: one of the prompts below takes 11, so four of them take all."""
 
-PAIR_TIMEOUT_S = 1.0
-START_DEADLINE_S = 1.0
-"""The longest deadlines of saves and of loads."""
-
 seeds = itertools.count()
 
 
 @pytest.fixture(scope="module")
 def served(plain: Plain) -> Iterator[Engine]:
-    with engine(transfer=faulty_config(save={"pair_timeout_s": PAIR_TIMEOUT_S}), num_gpu_blocks_override=BLOCKS) as started:
+    with engine(transfer=faulty_config(**DEADLINES), num_gpu_blocks_override=BLOCKS) as started:
         yield started
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import pytest
 from tests.vllm.connectors import faulty_config
 from tests.vllm.harness import Engine, engine
-from tests.vllm.insides import HookTimes, Insides, hanging, until
+from tests.vllm.insides import DEADLINES, HookTimes, Insides, hanging, until
 from tests.vllm.outputs import assert_same
 from tests.vllm.plain import Plain
 from tests.vllm.prompts import prompt, prompts
@@ -22,7 +22,7 @@ seeds = itertools.count()
 @pytest.fixture(scope="module")
 def served(plain: Plain) -> Iterator[Engine]:
     extension = "tests.vllm.insides.FaultAccess"
-    with engine(processes=2, transfer=faulty_config(), num_gpu_blocks_override=40, worker_extension_cls=extension) as started:
+    with engine(processes=2, transfer=faulty_config(**DEADLINES), num_gpu_blocks_override=40, worker_extension_cls=extension) as started:
         Insides(started).wait_live()
         yield started
 

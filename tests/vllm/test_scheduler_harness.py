@@ -42,7 +42,7 @@ def test_nothing_is_ever_wrong_or_left_behind() -> None:
 @pytest.mark.parametrize("policy", ["lru", "s3fifo"])
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_an_l1_that_churns_under_slow_copies(policy: str, asynchronous: bool) -> None:
-    total = live(range(1000, 1006), policy=policy, async_scheduling=asynchronous, slots=16, blocks=22, copy_ticks=5.0, hub_ticks=8.0)
+    total = live(range(1000, 1006), policy=policy, async_scheduling=asynchronous, slots=16, blocks=22, save_ticks=5.0, hub_ticks=8.0)
     assert total.evictions > 40
     assert total.drops["overwritten"] > 3
 
@@ -125,7 +125,8 @@ def test_opting_out() -> None:
     simulation = Simulation(CALM)
     tokens = list(range(100, 100 + 4 * BLOCK_SIZE))
     promised = []
-    for name, opt_outs in (("unsaved", {"save": False}), ("first", None), ("unloaded", {"load": False}), ("last", None)):
+    requests: dict[str, dict[str, object] | None] = {"unsaved": {"save": False}, "first": None, "unloaded": {"load": False}, "last": None}
+    for name, opt_outs in requests.items():
         simulation.add(make_request(name, tokens, 1, kvoffload=opt_outs))
         run_to_end(simulation, name)
         promised.append(simulation.oracle.answers_in_tokens)
@@ -150,7 +151,7 @@ def test_weights_change() -> None:
 
 @pytest.mark.parametrize("crash", [False, True])
 def test_a_load_held_past_every_deadline_keeps_its_blocks(crash: bool) -> None:
-    simulation = Simulation(CALM.with_(prompt=False, hub_ticks=30.0, copy_ticks=1.0, blocks=24))
+    simulation = Simulation(CALM.with_(prompt=False, hub_ticks=30.0, load_ticks=1.0, save_ticks=1.0, blocks=24))
     tokens = list(range(100, 100 + 8 * BLOCK_SIZE))
     simulation.add(make_request("first", tokens, 1))
     run_to_end(simulation, "first")
@@ -179,7 +180,7 @@ def test_a_load_held_past_every_deadline_keeps_its_blocks(crash: bool) -> None:
 
 @pytest.mark.parametrize("crash", [False, True])
 def test_a_save_held_past_every_deadline_is_not_kept(crash: bool) -> None:
-    simulation = Simulation(CALM.with_(prompt=False, hub_ticks=30.0, copy_ticks=1.0, blocks=22))
+    simulation = Simulation(CALM.with_(prompt=False, hub_ticks=30.0, load_ticks=1.0, save_ticks=1.0, blocks=22))
     tokens = list(range(100, 100 + 8 * BLOCK_SIZE))
     simulation.add(make_request("held", tokens, 40))
     for _ in range(100):
@@ -212,9 +213,12 @@ def test_a_failure_tells_its_story() -> None:
     def spoil(simulation: Simulation) -> None:
         simulation.copies.sabotage.claim_loads = True
 
-    with pytest.raises(OracleError) as caught:
+    def live_on() -> None:
         for seed in range(50):
             run(seed, prepare=spoil)
+
+    with pytest.raises(OracleError) as caught:
+        live_on()
     story = "\n".join(caught.value.__notes__)
     assert "seed" in story
     assert "ReserveSlots job" in story

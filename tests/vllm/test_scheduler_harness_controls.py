@@ -30,12 +30,24 @@ pytestmark = pytest.mark.vllm
 
 
 def must_fail(match: str, *, seeds: int = 60, changes: dict[str, object] | None = None, **broken: Any) -> None:
-    with pytest.raises(OracleError, match=match):
+    def live_on() -> None:
         for seed in range(seeds):
             run(draw_settings(seed).with_(**{"faults": False, **(changes or {})}), **broken)
 
+    with pytest.raises(OracleError, match=match):
+        live_on()
 
-SLOW: dict[str, object] = {"blocks": 22, "slots": 80, "copy_ticks": 3.0, "hub_ticks": 20.0, "fail_share": 0.0, "refuse_share": 0.0}
+
+SLOW: dict[str, object] = {
+    "actions": 400,
+    "blocks": 22,
+    "slots": 80,
+    "save_ticks": 2.0,
+    "load_ticks": 80.0,
+    "hub_ticks": 20.0,
+    "fail_share": 0.0,
+    "refuse_share": 0.0,
+}
 """Copies so slow that blocks are reused meanwhile, in an engine's cache so small that they are."""
 
 
@@ -129,14 +141,17 @@ def test_a_path_without_bumps_is_seen_at_once(side: type[SchedulerSide]) -> None
     must_fail("without a new epoch", scheduler_side=side)
 
 
-def reuse_blocks_under_a_held_save(side: type[SchedulerSide], max_batched_tokens: int) -> Simulation:
+def reuse_blocks_under_a_held_save(
+    side: type[SchedulerSide] = SchedulerSide, max_batched_tokens: int = 64, *, ignore_ledger: bool = False
+) -> Simulation:
     """Blocks whose save has not begun are freed, given to another request, and written; then the save is let go."""
     settings = SimSettings(
-        seed=1, faults=False, blocks=22, slots=100, max_batched_tokens=max_batched_tokens, hub_ticks=30.0, copy_ticks=30.0
+        seed=1, faults=False, blocks=22, slots=100, max_batched_tokens=max_batched_tokens, hub_ticks=30.0, load_ticks=30.0, save_ticks=30.0
     )
     simulation = Simulation(settings, side)
     simulation.oracle.check_bumps = False
     simulation.copies.hold_saves = True
+    simulation.copies.sabotage.ignore_ledger = ignore_ledger
     tokens = list(range(100, 100 + 8 * BLOCK_SIZE))
     simulation.add(make_request("first", tokens, 30))
     while not simulation.scheduler.requests["first"].num_output_tokens:
@@ -161,6 +176,11 @@ def reuse_blocks_under_a_held_save(side: type[SchedulerSide], max_batched_tokens
 def test_a_path_without_bumps_ends_in_wrong_kv(side: type[SchedulerSide], max_batched_tokens: int) -> None:
     with pytest.raises(OracleError, match="reads wrong KV"):
         reuse_blocks_under_a_held_save(side, max_batched_tokens)
+
+
+def test_a_held_save_committed_without_the_ledger_check() -> None:
+    with pytest.raises(OracleError, match="reads wrong KV"):
+        reuse_blocks_under_a_held_save(ignore_ledger=True)
 
 
 @pytest.mark.parametrize("max_batched_tokens", [400, BLOCK_SIZE])

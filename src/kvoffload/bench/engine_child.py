@@ -38,8 +38,7 @@ def transfer_config(options: EngineOptions) -> dict[str, Any] | None:
                 "kv_connector_module_path": "kvoffload.connector",
                 "kv_role": "kv_both",
                 "kv_load_failure_policy": "recompute",
-                # A step that computes a whole long prompt can take longer on a busy CPU than a save waits for it by default.
-                "kv_connector_extra_config": {"l1": {"capacity_bytes": options.l1_bytes}, "save": {"pair_timeout_s": 60}},
+                "kv_connector_extra_config": {"l1": {"capacity_bytes": options.l1_bytes}},
             }
 
 

@@ -105,6 +105,11 @@ def _median(values: list[float]) -> float:
     return sorted(values)[len(values) // 2]
 
 
+def run(quick: bool = False) -> list[Figure]:
+    """All figures of the index; ``quick`` with a smaller L1 and few rounds."""
+    return list(measure((10_000,), rounds=20) if quick else measure())
+
+
 def measure(sizes: tuple[int, ...] = (10_000, 100_000, 1_000_000), rounds: int = 120) -> Iterator[Figure]:
     """The figures, each policy at each number of slots; a run over the default sizes takes about a minute."""
     policies: tuple[PolicyName, ...] = ("lru", "s3fifo")

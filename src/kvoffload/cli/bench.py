@@ -39,7 +39,7 @@ def run_benches(benches: Mapping[str, Runner], *, quick: bool, as_json: bool, st
     figures: list[Figure] = []
     if not as_json:
         print("  " + "figure".ljust(NAME_WIDTH) + "value".rjust(13) + "  " + "target".ljust(12) + "verdict")
-        print("  " + "-" * (NAME_WIDTH + 13 + 2 + 12 + 11))
+        print("  " + "-" * (NAME_WIDTH + 13 + 2 + 12 + 11), flush=True)
     for name, runner in benches.items():
         try:
             with Progress(f"measuring: {name}", stream=sys.stderr, keep=False):

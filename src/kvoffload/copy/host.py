@@ -32,7 +32,7 @@ class HostCopyEngine:
         try:
             from kvoffload.copy import native
         except ImportError as error:
-            raise UnsupportedError(f"copying on the CPU backend needs numba (pip install 'kvoffload[cpu]'): {error}") from error
+            raise UnsupportedError(f"copying on the CPU backend needs numba, which comes with kvoffload: {error}") from error
         self._native = native
         self._kernels = native.compile_kernels()
         self.block_bytes = layout.payload_bytes

@@ -16,7 +16,7 @@ class HandsConfig:
     rank: int = 0
     max_loads: int = 64
     max_saves: int = 256
-    pair_timeout_s: float = 5.0
+    pair_timeout_s: float = 60.0
     chunk_bytes: int = 64 << 20
     load_first_s: float = 0.05
 

@@ -104,7 +104,11 @@ class WorkerRuntime:
     # ------------------------------------------------------------ life
 
     def start(self) -> None:
-        """Start the threads: copies, and the population of the segment."""
+        """Make the first slots usable, and start the threads: copies, and the population of the rest. Raises CapacityError."""
+        segment = self.rank.segment
+        while not segment.populate_next():
+            pass
+        self._segment_grown(segment.populated_slots)
         self.hands.start()
         self._populator.start()
 

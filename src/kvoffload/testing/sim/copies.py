@@ -60,7 +60,7 @@ class Sabotage:
 
 
 class SimCopies:
-    """`kvoffload.connector.ports.CopyPort`, and GpuCopy's place in the flow. Copies move in `tick`, loads and saves independently.
+    """`kvoffload.connector.ports.CopyPort`, and GpuCopy's place in the flow. Copies move in `tick_load` and `tick_save`.
 
     ``owns(request, blocks)`` says whether these engine blocks are still reserved for the load of that request.
     """
@@ -222,37 +222,29 @@ class SimCopies:
 
     # ------------------------------------------------------------ copying
 
-    def tick(self) -> bool:
-        """Half a block of one copy, or a copy's end; False when there is nothing to do."""
-        choices: list[Callable[[], None]] = []
-        if not self.hold_loads and (self._loading or self.loads):
-            choices.append(self._tick_load)
-        if not self.hold_saves and (self._saving or self._pairs):
-            choices.append(self._tick_save)
-        if not choices:
+    def tick_load(self) -> bool:
+        """Half a block of the load under way, or its begin or end; False when there is nothing to do."""
+        if self.hold_loads or not (self._loading or self.loads):
             return False
-        self._rng.choice(choices)()
-        return True
-
-    def _tick_load(self) -> None:
         load = self._loading
         if load is None:
             load = self._loading = self.loads.popleft()
             load.state = LoadState.STARTED
             self._trace.note(f"load {load.message.job} starts", f"job {load.message.job}")
-            return
+            return True
         message = load.message
         failed = load.fails_at == load.halves
         if not failed and load.halves < 2 * len(message.slots):
             self._copy_half(load)
             load.halves += 1
-            return
+            return True
         if failed:
             block = message.blocks[load.halves // 2]
             self._memory.engine[block][:HALF] = [self._memory.garbage()] * HALF
         load.state = LoadState.ENDED
         self._loading = None
         self._tell_load(load, LoadOutcome.FAILED if failed else LoadOutcome.LOADED)
+        return True
 
     def _copy_half(self, load: SimLoad) -> None:
         index, second = divmod(load.halves, 2)
@@ -266,13 +258,16 @@ class SimCopies:
         part = slice(HALF, BLOCK_SIZE) if second else slice(0, HALF)
         self._memory.engine[message.blocks[index]][part] = self._memory.slots[message.slots[source]][part]
 
-    def _tick_save(self) -> None:
+    def tick_save(self) -> bool:
+        """Half a block of the save under way, or its begin or end; False when there is nothing to do."""
+        if self.hold_saves or not (self._saving or self._pairs):
+            return False
         save = self._saving
         if save is None:
             save = self._saving = self._pairs.popleft()
             if self._rng.random() < self._settings.fail_share:
                 save.fails_at = self._rng.randrange(2 * len(save.grant.slots))
-            return
+            return True
         grant = save.grant
         index, second = divmod(save.halves, 2)
         if save.halves == save.fails_at:
@@ -282,13 +277,14 @@ class SimCopies:
             self._saving = None
             reason = DropReason.COPY_FAILED if save.fails_at is not None else DropReason.OVERWRITTEN
             self._tell_save(grant, save.flags, reason)
-            return
+            return True
         part = slice(HALF, BLOCK_SIZE) if second else slice(0, HALF)
         self._memory.slots[grant.slots[index]][part] = self._memory.engine[grant.blocks[index]][part]
         save.halves += 1
         if second:
             unchanged = self._ledger.epochs([grant.blocks[index]])[0] == grant.epochs[index]
             save.flags.append(unchanged or self.sabotage.ignore_ledger)
+        return True
 
     # ------------------------------------------------------------ telling
 

@@ -130,8 +130,9 @@ class HookOracle:
             raise OracleError(f"vLLM took loads of {self._taken} blocks, the plan carries {sent}", _requests({**self._taken, **sent}))
         self._taken = {}
         for load in metadata.loads:
+            withdrawn = ", withdrawn" if load.withdrawn else ""
             self._trace.note(
-                f"load {load.job} of {load.request} planned: slots {load.slots} -> blocks {load.blocks}{' (withdrawn)' if load.withdrawn else ''}",
+                f"load {load.job} of {load.request} planned: slots {load.slots} -> blocks {load.blocks}{withdrawn}",
                 f"job {load.job}",
                 f"request {load.request}",
                 *(f"block {block}" for block in load.blocks),

@@ -40,7 +40,8 @@ class SimSettings:
     mailbox_capacity: int = 64
     # -- the weather
     hub_ticks: float = 6.0
-    copy_ticks: float = 12.0
+    load_ticks: float = 12.0
+    save_ticks: float = 12.0
     refuse_share: float = 0.0
     fail_share: float = 0.0
     wait_finds_share: float = 0.5
@@ -78,7 +79,8 @@ def draw_settings(seed: int) -> SimSettings:
         pair_timeout_s=rng.choice([0.1, 5.0]),
         mailbox_capacity=rng.choice([3, 64]),
         hub_ticks=rng.choice([0.5, 3.0, 8.0, 20.0]),
-        copy_ticks=rng.choice([1.0, 5.0, 20.0, 80.0]),
+        load_ticks=rng.choice([1.0, 5.0, 20.0, 80.0]),
+        save_ticks=rng.choice([1.0, 5.0, 20.0, 80.0]),
         refuse_share=rng.choice([0.0, 0.0, 0.0, 0.05, 0.3]),
         fail_share=rng.choice([0.0, 0.0, 0.05, 0.3]),
         wait_finds_share=rng.choice([0.1, 0.5, 0.9]),

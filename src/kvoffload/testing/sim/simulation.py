@@ -164,14 +164,17 @@ class Simulation:
 
     def progress(self) -> None:
         """Some small events of the hub and of the copies; all there are, where the settings say so."""
+        hub, copies = self.hub, self.copies
         if self.settings.prompt:
-            while any([self.hub.tick(), self.copies.tick()]):
+            while any([hub.tick(), copies.tick_load(), copies.tick_save()]):
                 pass
             return
-        for _ in range(self._draw(self.settings.hub_ticks)):
-            self.hub.tick()
-        for _ in range(self._draw(self.settings.copy_ticks)):
-            self.copies.tick()
+        ticks = [hub.tick] * self._draw(self.settings.hub_ticks)
+        ticks += [copies.tick_load] * self._draw(self.settings.load_ticks)
+        ticks += [copies.tick_save] * self._draw(self.settings.save_ticks)
+        self.rng.shuffle(ticks)
+        for tick in ticks:
+            tick()
 
     # ------------------------------------------------------------ the end
 
@@ -210,7 +213,7 @@ class Simulation:
         self.clock.advance(self.settings.pair_timeout_s + 1)
         while True:
             self.copies.expire()
-            if not any([self.hub.tick(), self.copies.tick()]) and self.copies.is_idle:
+            if not any([self.hub.tick(), self.copies.tick_load(), self.copies.tick_save()]) and self.copies.is_idle:
                 return
 
     def _check_engine(self) -> None:

@@ -154,10 +154,10 @@ class SimWorker:
             if found == expected:
                 continue
             wrong = next(place for place, pair in enumerate(zip(found, expected, strict=True)) if pair[0] != pair[1])
-            what = "nothing" if found[wrong] == NOTHING else "garbage" if found[wrong] < 0 and found[wrong] > -10_000 else "another token"
+            what = {NOTHING: "nothing"}.get(found[wrong], "what was never computed from these tokens")
             raise OracleError(
-                f"{share.request} reads wrong KV at token {index * BLOCK_SIZE + wrong} (of {share.stop}; computed now: from {share.start}): "
-                f"block {blocks[index]}, its block {index}, holds {what} from place {wrong} on; weights version {self.version}",
+                f"{share.request} reads wrong KV at token {index * BLOCK_SIZE + wrong} of {share.stop}, of which it computes those from "
+                f"{share.start} on: block {blocks[index]}, its block {index}, holds {what}; weights version {self.version}",
                 [f"request {share.request}", f"block {blocks[index]}"],
             )
 
