@@ -109,3 +109,16 @@ def test_a_bump_of_a_few_blocks_is_cheap(ledger: Ledger) -> None:
     ids = [4, 8, 15, 16]
     best_s = min(timeit.repeat(lambda: ledger.bump(ids), number=1000, repeat=20)) / 1000
     assert best_s <= 5e-6  # 1.5 us on a quiet machine; the bound is for a busy one
+
+
+def test_all_may_have_a_new_owner() -> None:
+    ledger = Ledger(5)
+    ledger.bump([1, 3])
+    before = ledger.epochs(range(5))
+    ledger.bump_all()
+    assert ledger.epochs(range(5)) == tuple(epoch + 1 for epoch in before)
+    reader = Ledger.attach(os.dup(ledger.fd), 5)
+    with pytest.raises(MisuseError, match="made the ledger"):
+        reader.bump_all()
+    reader.close()
+    ledger.close()

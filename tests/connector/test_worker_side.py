@@ -39,7 +39,7 @@ def test_a_load_is_handed_over_and_reported_when_it_has_ended() -> None:
     assert bench.step() == ({"r"}, set())
     assert bench.step() == (set(), set())
     assert bench.side.counters.loaded_blocks == 2
-    assert not bench.side.has_pending_loads
+    assert not bench.side.has_news
 
 
 @pytest.mark.parametrize("outcome", [LoadOutcome.FAILED, LoadOutcome.WITHDRAWN])

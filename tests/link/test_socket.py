@@ -28,7 +28,7 @@ def pair() -> tuple[RawConnection, RawConnection]:
 
 
 def is_gone(address: LinkAddress) -> bool:
-    return address.name not in Path("/proc/net/unix").read_text()
+    return f" @{address.name}\n" not in Path("/proc/net/unix").read_text()
 
 
 async def accept_into(listener: Listener, accepted: list[RawConnection]) -> None:
@@ -37,7 +37,7 @@ async def accept_into(listener: Listener, accepted: list[RawConnection]) -> None
 
 async def test_the_name_is_in_no_file_system_and_goes_with_the_first_connection() -> None:
     listener = listen()
-    assert f" @{listener.address.name}\n" in Path("/proc/net/unix").read_text()
+    assert not is_gone(listener.address)
     assert listener.address.pid == os.getpid()
     accepted: list[RawConnection] = []
     async with anyio.create_task_group() as tasks:

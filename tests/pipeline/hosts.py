@@ -156,7 +156,12 @@ class Hosts:
 
     def wait_ended(self) -> LoadEnded:
         ended: list[LoadEnded] = []
-        until(lambda: bool(ended.extend(self.take_ended()) or ended), "a load ends")
+
+        def has_ended() -> bool:
+            ended.extend(self.take_ended())
+            return bool(ended)
+
+        until(has_ended, "a load ends")
         [one] = ended
         return one
 

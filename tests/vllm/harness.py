@@ -6,7 +6,6 @@ One engine with a connector at a time may live in a process (vLLM keeps the work
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import TracebackType
@@ -52,8 +51,7 @@ class Engine:
             usual["kv_transfer_config"] = transfer
         self.processes = processes
         self.block_size = int(arguments.get("block_size", BLOCK))
-        with _numba_hidden():
-            self.llm = LLM(model=str(make_model(environment.MODELS, shape)), **{**usual, **arguments})
+        self.llm = LLM(model=str(make_model(environment.MODELS, shape)), **{**usual, **arguments})
         self._engine: Any = self.llm.llm_engine
         self._count = 0
         self._order: list[str] = []
@@ -248,19 +246,6 @@ class Engine:
         if self.processes == 1:  # else these are another engine's
             cleanup_dist_env_and_memory()
         gc.collect()
-
-
-@contextmanager
-def _numba_hidden() -> Iterator[None]:
-    """vLLM 0.32.0 on CPU dies at start where llvmlite was imported before it: it reads ``vars()`` of everything in every module
-    (`_rebind_kernels` in triton_utils/dispatcher.py), which llvmlite's wrapper of its library does not bear."""
-    name = "llvmlite.binding.ffi"
-    hidden = sys.modules.pop(name, None)
-    try:
-        yield
-    finally:
-        if hidden is not None:
-            sys.modules[name] = hidden
 
 
 def _read(output: Any) -> Output:

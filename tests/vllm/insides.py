@@ -220,7 +220,7 @@ class HookTimes:
     @classmethod
     def start(cls, insides: Insides) -> HookTimes:
         times = cls()
-        connectors = [(insides.connector, SCHEDULER_HOOKS)]
+        connectors: list[tuple[KVOffloadConnector, tuple[str, ...]]] = [(insides.connector, SCHEDULER_HOOKS)]
         if insides.engine.processes == 1:
             connectors.append((insides.worker_connector, WORKER_HOOKS))
         for connector, hooks in connectors:

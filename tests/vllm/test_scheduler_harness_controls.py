@@ -32,7 +32,7 @@ pytestmark = pytest.mark.vllm
 def must_fail(match: str, *, seeds: int = 60, changes: dict[str, object] | None = None, **broken: Any) -> None:
     def live_on() -> None:
         for seed in range(seeds):
-            run(draw_settings(seed).with_(**{"faults": False, **(changes or {})}), **broken)
+            run(draw_settings(seed).with_(**{"faults": False, "hook_fail_share": 0.0, **(changes or {})}), **broken)
 
     with pytest.raises(OracleError, match=match):
         live_on()
@@ -195,6 +195,10 @@ def test_with_all_bumps_such_a_save_is_dropped(max_batched_tokens: int) -> None:
 
 class _ReportsTwice(WorkerSide):
     last: set[str] | None = None
+
+    @property
+    def has_news(self) -> bool:
+        return True
 
     def get_finished(self, *, idle: bool) -> set[str] | None:
         finished = super().get_finished(idle=idle)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, KVConnectorTransferResults
 
 from kvoffload.connector.guard import never_raises
 from kvoffload.connector.halves import SchedulerHalf, SwitchedOff, WorkerHalf
@@ -48,7 +48,7 @@ def _after_failed_build(self: KVOffloadConnector, output: SchedulerOutput) -> St
     return StepMetadata((), self.scheduler_half.side.take_planned(), not output.total_num_scheduled_tokens)
 
 
-def _after_failed_start(self: KVOffloadConnector, forward_context: ForwardContext) -> None:
+def _after_failed_start(self: KVOffloadConnector) -> None:
     metadata = self._step()
     if self.worker_half is not None and metadata is not None:
         self.worker_half.side.start_none(metadata)
@@ -128,10 +128,18 @@ class KVOffloadConnector(KVConnectorBase_V1):
             return WorkerHandshake(rank=0, off_reason=self.off_reason)
         return self.worker_half.handshake()
 
-    @never_raises(None, _after_failed_start)
+    # Most steps carry neither loads nor saves, and between two of vLLM's forwards every call runs with cold caches: so the hooks of each
+    # step look first, and are guarded where there is something to do.
+
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
+        metadata = self._connector_metadata
+        if metadata is not None and self.worker_half is not None and metadata.loads:  # type: ignore[attr-defined]
+            self._start_loads()
+
+    @never_raises(None, _after_failed_start)
+    def _start_loads(self) -> None:
         metadata = self._step()
-        if self.worker_half is not None and metadata is not None and metadata.loads:
+        if self.worker_half is not None and metadata is not None:
             self.worker_half.side.start_load_kv(metadata)
 
     def wait_for_layer_load(self, layer_name: str) -> None:
@@ -140,18 +148,31 @@ class KVOffloadConnector(KVConnectorBase_V1):
     def save_kv_layer(self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: AttentionMetadata, **kwargs: Any) -> None:
         """Saves are whole blocks, after the step: nothing is copied here."""
 
-    @never_raises(None)
     def wait_for_save(self) -> None:
+        metadata = self._connector_metadata
+        if metadata is not None and self.worker_half is not None and metadata.saves:  # type: ignore[attr-defined]
+            self._start_saves()
+
+    @never_raises(None)
+    def _start_saves(self) -> None:
         metadata = self._step()
-        if self.worker_half is not None and metadata is not None and metadata.saves:
+        if self.worker_half is not None and metadata is not None:
             self.worker_half.side.wait_for_save(metadata)
 
-    @never_raises((None, None))
+    def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
+        finished = self.get_finished(finished_req_ids)[1]
+        return KVConnectorTransferResults(finished_recving=finished) if finished else KVConnectorTransferResults()
+
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
-        if self.worker_half is None:
+        if self.worker_half is None or not self.worker_half.side.has_news:
             return None, None
+        return None, self._take_finished()
+
+    @never_raises(None)
+    def _take_finished(self) -> set[str] | None:
         metadata = self._step()
-        return None, self.worker_half.side.get_finished(idle=metadata is not None and metadata.idle)
+        assert self.worker_half is not None
+        return self.worker_half.side.get_finished(idle=metadata is not None and metadata.idle)
 
     @never_raises(None, lambda *_: set())
     def get_block_ids_with_load_errors(self) -> set[int]:

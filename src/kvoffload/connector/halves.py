@@ -105,6 +105,7 @@ class SchedulerHalf:
 
     def close(self) -> None:
         self.host.close(CLOSE_TIMEOUT_S)
+        self.ledger.close()
 
 
 class WorkerHalf:

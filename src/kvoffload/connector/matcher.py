@@ -144,7 +144,10 @@ class Matcher:
 
     def on_hit(self, hit: PrefixHit, record: RequestRecord | None) -> None:
         """Take an answer in. One that nobody waits for any more is given back; one of an older cache generation has no lease."""
-        if record is None or hit.generation < self.generation:
+        if record is None:
+            return
+        record.answered = max(record.answered, hit.sequence)
+        if hit.generation < self.generation:
             return
         if record.phase is not Phase.ASKED or hit.sequence != record.sequence:
             if hit.slots and hit.sequence == record.sequence:
@@ -186,8 +189,8 @@ class Matcher:
         record.has_waited = False
 
     def forget(self, record: RequestRecord) -> None:
-        """The request ended."""
-        if record.sequence:
+        """The request ended. L1 is told where it may hold something for it: a post can cost vLLM's thread a switch of threads."""
+        if record.hit is not None or record.answered < record.sequence:
             self._hub.owe(ForgetRequest(record.request_id))
         record.hit = None
         self.return_credit(record)

@@ -33,6 +33,7 @@ class RequestRecord:
     """The facade's memory of one request, from `on_new_request` to `request_finished`."""
 
     __slots__ = (
+        "answered",
         "asked_at",
         "chain",
         "extras",
@@ -73,6 +74,8 @@ class RequestRecord:
         # -- loading
         self.phase = Phase.NEW
         self.sequence = 0
+        self.answered = 0
+        """The last sequence that L1 has answered."""
         self.asked_at: float | None = None
         self.hit: PrefixHit | None = None
         self.has_credit = False

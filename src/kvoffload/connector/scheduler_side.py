@@ -168,8 +168,10 @@ class SchedulerSide:
         self.counters.hit_tokens += external
 
     def update_connector_output(self, output: KVConnectorOutput) -> None:
+        if not output.finished_recving:
+            return
         invalid = output.invalid_block_ids
-        for request_id in output.finished_recving or ():
+        for request_id in output.finished_recving:
             load = self._loading.pop(request_id, None)
             if load is None:
                 continue
@@ -187,7 +189,6 @@ class SchedulerSide:
             if failed:
                 record.load_failed = True
                 record.set_saved(0)
-        self._pump()
 
     # ------------------------------------------------------------ each step
 

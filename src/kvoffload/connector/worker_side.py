@@ -120,6 +120,11 @@ class WorkerSide:
     def has_pending_loads(self) -> bool:
         return bool(self._pending)
 
+    @property
+    def has_news(self) -> bool:
+        """Loads are pending, or there is something to report."""
+        return bool(self._pending) or bool(self._report.finished)
+
     def _take(self) -> None:
         assert self._copies is not None or not any(pending.handle for pending in self._pending.values())
         if self._copies is not None:

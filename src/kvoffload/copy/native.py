@@ -14,12 +14,34 @@ from typing import Any
 import numba
 import numpy as np
 from llvmlite import ir
+from llvmlite.binding import ffi
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 
 from kvoffload.errors import UnsupportedError
 from kvoffload.observe.logs import get_logger
+
+def _make_vars_work(library: Any) -> None:
+    """Let ``vars(llvmlite.binding.ffi.lib)`` be a dict, where llvmlite makes a foreign function of it.
+
+    vLLM 0.32's CPU backend looks at the ``vars`` of everything in every module when it starts (`_rebind_kernels` in its
+    triton_utils/dispatcher.py) and dies of that one: an engine that starts in a process where ours has run would.
+    """
+    try:
+        is_bearable = isinstance(vars(library), dict)
+    except TypeError:
+        is_bearable = True  # it has none, and is passed over
+    if not is_bearable:
+
+        class WithoutVars(type(library)):  # type: ignore[misc]
+            __slots__ = ()
+            __dict__ = property(lambda self: {})
+
+        library.__class__ = WithoutVars
+
+
+_make_vars_work(ffi.lib)
 
 OK, BLOCK_RANGE, SLOT_RANGE, DUPLICATE = range(4)
 """What a kernel answers; anything but OK means that nothing was touched."""

@@ -68,7 +68,10 @@ class HubRuntime:
         await Supervisor([Child("l1_manager", self._opened.manager.run, policy)]).run()
 
     def turn_off(self, reason: str, *, quiet: bool = False) -> None:
-        """No new promise from here on; both halves are told. From any thread. ``quiet``: it was said by who noticed, or the engine is being shut down."""
+        """No new promise from here on; both halves are told. From any thread.
+
+        ``quiet``: whoever noticed has said it, or the engine is being shut down.
+        """
         if self.off_reason is not None:
             return
         self.off_reason = reason

@@ -40,6 +40,7 @@ class Outcome:
     aborts: int = 0
     resets: int = 0
     """Those that succeeded, so that the weights changed."""
+    failed_hooks: int = 0
     sessions: int = 0
     """Inputs of streaming sessions, after the first."""
     evictions: int = 0
@@ -76,7 +77,7 @@ class Life:
             simulation_actions += [
                 (1.5, self._change_live),
                 (1.5, self._change_frozen),
-                (1.5, self._change_load_hold),
+                (3, self._change_load_hold),
                 (1.5, self._change_save_hold),
                 (0.03, simulation.crash_copies),
                 (0.03, simulation.kill_hub),
@@ -194,7 +195,7 @@ class Life:
         self.simulation.hub.frozen = not self._mostly()
 
     def _change_load_hold(self) -> None:
-        self.simulation.copies.hold_loads = not self._mostly()
+        self.simulation.copies.hold_loads = self._rng.random() < 0.5
 
     def _change_save_hold(self) -> None:
         self.simulation.copies.hold_saves = not self._mostly()
@@ -232,6 +233,7 @@ def run(
         preemptions=simulation.oracle.preemptions,
         aborts=life.aborts,
         resets=simulation.worker.version,
+        failed_hooks=sum(len(connector.failures) for connector in simulation.connectors),
         sessions=life.inputs,
         evictions=statistics.evictions,
         drops=Counter({reason.value: count for reason, count in statistics.drops.items()}),

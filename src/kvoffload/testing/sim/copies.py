@@ -76,9 +76,12 @@ class SimCopies:
         trace: Trace,
         progress: Callable[[], None],
         owns: Callable[[str, Sequence[int]], bool],
+        perhaps_fail: Callable[[], None],
     ) -> None:
         self.hold_loads = False
         self.hold_saves = False
+        self.hold_at: int | None = None
+        """Half blocks after which a copy under way stops, until this is changed."""
         self.crashed = False
         self.sabotage = Sabotage()
         self.waited_s = 0.0
@@ -102,13 +105,16 @@ class SimCopies:
         self._trace = trace
         self._progress = progress
         self._owns = owns
+        self._perhaps_fail = perhaps_fail
 
     # ------------------------------------------------------------ CopyPort
 
     def mark(self) -> object:
+        self._perhaps_fail()
         return self._trace.step
 
     def save(self, message: SaveBlocks) -> bool:
+        self._perhaps_fail()
         refused = self._rng.random() < self._settings.refuse_share or not self._table.has_room(self._clock.now)
         if self.crashed or refused:
             dropped = self._table.drop_saved(message.job)
@@ -121,6 +127,7 @@ class SimCopies:
         return True
 
     def load(self, message: LoadBlocks) -> SimLoad | None:
+        self._perhaps_fail()
         if self.crashed:
             return None
         self.loads.append(load := SimLoad(self, message, self._clock.now))
@@ -134,6 +141,7 @@ class SimCopies:
         self._close_load(job, LoadOutcome.WITHDRAWN)
 
     def take(self) -> Sequence[LoadEnded]:
+        self._perhaps_fail()
         taken, self._ended = self._ended, []
         return taken
 
@@ -232,6 +240,8 @@ class SimCopies:
             load.state = LoadState.STARTED
             self._trace.note(f"load {load.message.job} starts", f"job {load.message.job}")
             return True
+        if load.halves == self.hold_at:
+            return False
         message = load.message
         failed = load.fails_at == load.halves
         if not failed and load.halves < 2 * len(message.slots):
@@ -268,6 +278,8 @@ class SimCopies:
             if self._rng.random() < self._settings.fail_share:
                 save.fails_at = self._rng.randrange(2 * len(save.grant.slots))
             return True
+        if save.halves == self.hold_at:
+            return False
         grant = save.grant
         index, second = divmod(save.halves, 2)
         if save.halves == save.fails_at:

@@ -46,7 +46,14 @@ class SimHub:
     """
 
     def __init__(
-        self, core: L1Core, settings: SimSettings, clock: SimClock, rng: random.Random, trace: Trace, progress: Callable[[], None]
+        self,
+        core: L1Core,
+        settings: SimSettings,
+        clock: SimClock,
+        rng: random.Random,
+        trace: Trace,
+        progress: Callable[[], None],
+        perhaps_fail: Callable[[], None],
     ) -> None:
         self.core = core
         self.live = True
@@ -64,6 +71,7 @@ class SimHub:
         self._rng = rng
         self._trace = trace
         self._progress = progress
+        self._perhaps_fail = perhaps_fail
 
     # ------------------------------------------------------------ HubPort
 
@@ -72,19 +80,25 @@ class SimHub:
         return self.live and not self.dead
 
     def offer(self, message: ToL1Manager) -> bool:
+        self._perhaps_fail()
         full = len(self.mailbox) >= self._settings.mailbox_capacity
         if self.dead or full or self._rng.random() < self._settings.refuse_share:
             self._trace.note(f"refused: {_text(message)}", *_tags(message))
             return False
-        self.owe(message)
+        self._post(message)
         return True
 
     def owe(self, message: ToL1Manager) -> None:
+        self._perhaps_fail()
+        self._post(message)
+
+    def _post(self, message: ToL1Manager) -> None:
         self._trace.note(f"posted: {_text(message)}", *_tags(message))
         if not self.dead:
             self.mailbox.append(message)
 
     def take(self) -> Sequence[ToScheduler]:
+        self._perhaps_fail()
         taken, self._inbox = self._inbox, []
         return taken
 

@@ -45,6 +45,8 @@ class SimSettings:
     refuse_share: float = 0.0
     fail_share: float = 0.0
     wait_finds_share: float = 0.5
+    hook_fail_share: float = 0.0
+    """Of the calls that hooks make into their ports."""
     faults: bool = True
     prompt: bool = False
     """Hub and copies do at once whatever they can."""
@@ -75,7 +77,7 @@ def draw_settings(seed: int) -> SimSettings:
         policy=rng.choice(["s3fifo", "lru"]),
         max_loads=rng.choice([1, 2, 8]),
         hit_lifetime_s=rng.choice([0.03, 0.5, 10.0]),
-        start_deadline_s=rng.choice([0.05, 0.3, 1.0]),
+        start_deadline_s=rng.choice([0.03, 0.1, 1.0]),
         pair_timeout_s=rng.choice([0.1, 5.0]),
         mailbox_capacity=rng.choice([3, 64]),
         hub_ticks=rng.choice([0.5, 3.0, 8.0, 20.0]),
@@ -84,5 +86,6 @@ def draw_settings(seed: int) -> SimSettings:
         refuse_share=rng.choice([0.0, 0.0, 0.0, 0.05, 0.3]),
         fail_share=rng.choice([0.0, 0.0, 0.05, 0.3]),
         wait_finds_share=rng.choice([0.1, 0.5, 0.9]),
+        hook_fail_share=rng.choice([*[0.0] * 9, 0.01]),
         faults=rng.random() < 0.7,
     )

@@ -15,13 +15,14 @@ from kvoffload.l1.core import L1Core
 from kvoffload.l1.parts import L1Config
 from kvoffload.l1.states import State
 from kvoffload.messages import ReleaseHit, ReserveSlots, SegmentGrown, ToL1Manager
+from kvoffload.testing.sim.connector import SimConnector, SimSchedulerHalf, SimWorkerHalf
 from kvoffload.testing.sim.copies import SimCopies
 from kvoffload.testing.sim.engine import make_scheduler
 from kvoffload.testing.sim.hub import SimHub
 from kvoffload.testing.sim.memory import SimClock, SimLedger, SimMemory
 from kvoffload.testing.sim.oracle import SLACK_S, HookOracle
 from kvoffload.testing.sim.settings import BLOCK_SIZE, SimSettings
-from kvoffload.testing.sim.trace import OracleError, Trace
+from kvoffload.testing.sim.trace import InjectedError, OracleError, Trace
 from kvoffload.testing.sim.worker import SimWorker
 
 if TYPE_CHECKING:
@@ -74,8 +75,10 @@ class Simulation:
         self.ledger = SimLedger(settings.blocks)
         policy = "lru" if settings.policy == "lru" else "s3fifo"
         self.core = L1Core(L1Config(policy=policy, hit_lifetime_s=settings.hit_lifetime_s), settings.slots)  # type: ignore[arg-type]
-        self.hub = _WatchedHub(self.core, settings, self.clock, self.rng, self.trace, self.progress)
-        self.copies = SimCopies(self.hub, self.memory, self.ledger, settings, self.clock, self.rng, self.trace, self.progress, self._owns)
+        self.hub = _WatchedHub(self.core, settings, self.clock, self.rng, self.trace, self.progress, self._perhaps_fail)
+        self.copies = SimCopies(
+            self.hub, self.memory, self.ledger, settings, self.clock, self.rng, self.trace, self.progress, self._owns, self._perhaps_fail
+        )
         self.hub.copies = self.copies
         self.scheduler = make_scheduler(settings)
         self.side = scheduler_side(
@@ -96,11 +99,10 @@ class Simulation:
             lambda: self.hub.waited_s,
         )
         self.hub.oracle = self.oracle
-        connector = self.scheduler.connector
-        connector.side, connector.watcher = self.side, self.oracle
-        self.worker = SimWorker(
-            worker_side(self.copies, settings.worker(), self.clock), self.memory, self.rng, self.trace, self.progress, self.salts.get
-        )
+        self.connectors = [self.scheduler.connector, self._worker_connector(worker_side(self.copies, settings.worker(), self.clock))]
+        self.scheduler.connector.scheduler_half = SimSchedulerHalf(self.side, lambda: self.ledger.bump(range(settings.blocks)))
+        self.scheduler.connector.watcher = self.oracle
+        self.worker = SimWorker(self.connectors[1], self.memory, self.rng, self.trace, self.progress, self.salts.get)
         self.ended: list[list[int]] = []
         """The tokens of the last requests that ran to their end."""
         self._in_flight: deque[SchedulerOutput] = deque()
@@ -108,6 +110,14 @@ class Simulation:
         first = settings.slots if self.rng.random() < 0.7 else max(1, settings.slots // 3)
         self.hub.report(SegmentGrown(0, first))
         self.hub.report(SegmentGrown(0, settings.slots))
+
+    def _worker_connector(self, side: WorkerSide) -> SimConnector:
+        from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+
+        self.worker_side = side
+        connector = SimConnector(self.scheduler.vllm_config, KVConnectorRole.WORKER, self.scheduler.kv_cache_config)
+        connector.worker_half = SimWorkerHalf(side, lambda reason: self.crash_copies())  # type: ignore[assignment]
+        return connector
 
     # ------------------------------------------------------------ what a caller does
 
@@ -156,11 +166,12 @@ class Simulation:
 
     def crash_copies(self) -> None:
         self.hub.live = False
-        self.copies.crash()
+        if not self.copies.crashed:
+            self.copies.crash()
 
     def kill_hub(self) -> None:
         self.hub.die("the simulation killed it")
-        self.copies.crash()
+        self.crash_copies()
 
     def progress(self) -> None:
         """Some small events of the hub and of the copies; all there are, where the settings say so."""
@@ -180,6 +191,8 @@ class Simulation:
 
     def finish(self, most_steps: int = 3000) -> None:
         """Let everything come to its end, and check that nothing is left."""
+        self.settings = self.settings.with_(hook_fail_share=0.0)
+        self.copies.hold_at = None
         self.copies.hold_loads = self.copies.hold_saves = self.hub.frozen = False
         self.hub.live = not self.copies.crashed
         for _ in range(most_steps):
@@ -195,6 +208,7 @@ class Simulation:
             left = {name: request.status.name for name, request in self.scheduler.requests.items()}
             raise OracleError(f"requests never end: {left}", [f"request {name}" for name in left])
         self._settle()
+        self._check_failures()
         self._check_engine()
         self._check_facade()
         if not self.hub.dead:
@@ -228,21 +242,27 @@ class Simulation:
             raise OracleError(f"the scheduler still knows {left}")
 
     def _check_facade(self) -> None:
-        side, worker = self.side, self.worker.side
-        self.side.matcher._pump()
+        side, worker = self.side, self.worker_side
+        if self.has_failed_hooks:  # then only what vLLM was promised must have been kept
+            if self.oracle.loading or worker.has_news:
+                raise OracleError(f"loads of {sorted(self.oracle.loading)} were not reported")
+            return
+        side.matcher._pump()
         found = [f"{name} has a record" for name in side.records]
         found += [f"a load of {name} was not reported" for name in self.oracle.loading]
         if side.matcher.credits != self.settings.max_loads:
             found.append(f"{self.settings.max_loads - side.matcher.credits} load credits are missing")
         if side.has_pending_loads or side._live:
             found.append(f"SchedulerSide thinks that {sorted(side._live)} live, and that loads are pending: {side.has_pending_loads}")
-        if worker.has_pending_loads:
+        if worker.has_news:
             found.append("WorkerSide waits for loads")
         if found:
             raise OracleError("; ".join(found), [f"request {name}" for name in (*side.records, *self.oracle.loading)])
 
     def _check_l1(self) -> None:
         self.core.check()
+        if self.has_failed_hooks:
+            return
         statistics = self.core.statistics()
         found = self.copies.leaks()
         found += [
@@ -286,8 +306,22 @@ class Simulation:
         self.copies.expire()
         self.clock.advance(self.rng.choice([0.0002, 0.002, 0.01, 0.02]))
 
+    @property
+    def has_failed_hooks(self) -> bool:
+        """A hook raised, and the connector is off."""
+        return any(connector.failures for connector in self.connectors)
+
+    def _check_failures(self) -> None:
+        for connector in self.connectors:
+            for failure in connector.failures:
+                if not isinstance(failure, InjectedError):
+                    raise failure
+
     def _check_step(self) -> None:
         """Right after the plan: who is live, who has a credit, who holds a lease."""
+        self._check_failures()
+        if self.has_failed_hooks:
+            return
         side, matcher = self.side, self.side.matcher
         manager = self.scheduler.kv_cache_manager
         holding = {name for name in side.records if any(manager.get_block_ids(name)[0])}
@@ -304,6 +338,12 @@ class Simulation:
             leases = self.core.statistics().leases
             if held != leases:
                 raise OracleError(f"L1 has {leases} leases, SchedulerSide {held} hits")
+
+    def _perhaps_fail(self) -> None:
+        """Called in the ports that hooks use: a bug of ours, anywhere in a hook."""
+        if self.settings.hook_fail_share and self.rng.random() < self.settings.hook_fail_share:
+            self.trace.note("a hook fails")
+            raise InjectedError
 
     def _draw(self, mean: float) -> int:
         return int(self.rng.expovariate(1 / mean) + self.rng.random())

@@ -17,6 +17,10 @@ class OracleError(AssertionError):
         self.tags = tuple(tags)
 
 
+class InjectedError(Exception):
+    """A bug that the simulation put into a hook on purpose."""
+
+
 class Trace:
     """The last ``capacity`` events of one simulation."""
 

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvoffload.connector.metadata import StepMetadata
-from kvoffload.connector.worker_side import WorkerSide
 from kvoffload.testing.sim.memory import NOTHING, Contents, SimMemory
 from kvoffload.testing.sim.settings import BLOCK_SIZE
 from kvoffload.testing.sim.trace import OracleError, Trace, shorten
@@ -17,6 +16,8 @@ from kvoffload.testing.sim.trace import OracleError, Trace, shorten
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import ModelRunnerOutput
+
+    from kvoffload.testing.sim.connector import SimConnector
 
 VOCABULARY = 50
 """Sampled tokens are below this: few, so that generated prefixes meet again."""
@@ -53,14 +54,14 @@ class SimWorker:
 
     def __init__(
         self,
-        side: WorkerSide,
+        connector: SimConnector,
         memory: SimMemory,
         rng: random.Random,
         trace: Trace,
         progress: Callable[[], None],
         salt_of: Callable[[str], str | None],
     ) -> None:
-        self.side = side
+        self.connector = connector
         self.version = 0
         self.checked_tokens = 0
         self._memory = memory
@@ -79,17 +80,24 @@ class SimWorker:
         for request in output.finished_req_ids:
             self._states.pop(request, None)
         shares = self._take_plan(output)
+        connector = self.connector
+        connector.bind_connector_metadata(metadata)
         loads_first = self._rng.random() < 0.3
         if loads_first:
-            self.side.start_load_kv(metadata)
+            connector.start_load_kv(None)
         samples = self._compute(shares)
         self._progress()
         if not loads_first:
-            self.side.start_load_kv(metadata)
-        self.side.wait_for_save(metadata)
+            connector.start_load_kv(None)
+        connector.wait_for_save()
+        results = connector.get_transfer_results(output.finished_req_ids)
         report = KVConnectorOutput()
-        report.finished_recving = self.side.get_finished(idle=metadata.idle)
-        report.invalid_block_ids = self.side.get_block_ids_with_load_errors()
+        report.finished_sending = results.finished_sending
+        report.finished_recving = results.finished_recving
+        report.failed_recving = results.failed_recving
+        report.invalid_block_ids = connector.get_block_ids_with_load_errors()
+        report.kv_connector_stats = connector.get_kv_connector_stats()
+        connector.clear_connector_metadata()
         if not shares and report.is_empty():
             return EMPTY_MODEL_RUNNER_OUTPUT
         ids = [share.request for share in shares]
