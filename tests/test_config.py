@@ -57,9 +57,7 @@ def test_an_empty_variable_counts_as_not_given() -> None:
     assert load({"l1.policy": "lru"}, L1_POLICY="", NAMESPACE=" ").l1.policy == "lru"
 
 
-@pytest.mark.parametrize(
-    ("text", "value"), [("1", True), ("true", True), ("on", True), ("0", False), ("False", False), ("no", False)]
-)
+@pytest.mark.parametrize(("text", "value"), [("1", True), ("true", True), ("on", True), ("0", False), ("False", False), ("no", False)])
 def test_variables_are_parsed(text: str, value: bool) -> None:
     config = load(SAVE_ENABLED=text, LOAD_MAX_JOBS="7", L1_CAPACITY_GB="0.5", LOG_LEVEL="DEBUG", MODEL_VERSION="3")
     assert config.save.enabled is value
@@ -112,9 +110,7 @@ def test_unknown_names_within_a_section_suggest_the_nearest() -> None:
 
 
 def test_unknown_variables_suggest_the_nearest() -> None:
-    assert problems(L1_CAPACTY_GB="4") == [
-        "KVOFFLOAD_L1_CAPACTY_GB: there is no such variable; did you mean KVOFFLOAD_L1_CAPACITY_GB?"
-    ]
+    assert problems(L1_CAPACTY_GB="4") == ["KVOFFLOAD_L1_CAPACTY_GB: there is no such variable; did you mean KVOFFLOAD_L1_CAPACITY_GB?"]
 
 
 def test_a_name_like_none_lists_them_all() -> None:
@@ -173,9 +169,7 @@ def test_the_extra_config_must_be_a_mapping() -> None:
 
 def test_both_units_of_capacity_in_one_source_are_an_error() -> None:
     text = "given beside l1.capacity_gb, which is the same in another unit; keep one of them"
-    assert problems({"l1": {"capacity_gb": 1, "capacity_bytes": GIB}}) == [
-        f"l1.capacity_bytes (from kv_connector_extra_config): {text}"
-    ]
+    assert problems({"l1": {"capacity_gb": 1, "capacity_bytes": GIB}}) == [f"l1.capacity_bytes (from kv_connector_extra_config): {text}"]
     (problem,) = problems(L1_CAPACITY_GB="1", L1_CAPACITY_BYTES="5")
     assert "given beside l1.capacity_" in problem
 

@@ -99,9 +99,7 @@ def test_recut_then_extend_equals_fresh(old: list[int], new: list[int], size: in
 
 @given(TOKENS, TOKENS, SIZES)
 def test_a_common_prefix_has_common_keys_and_nothing_else_has(left: list[int], right: list[int], size: int) -> None:
-    same = next(
-        (index for index, pair in enumerate(zip(left, right, strict=False)) if pair[0] != pair[1]), min(len(left), len(right))
-    )
+    same = next((index for index, pair in enumerate(zip(left, right, strict=False)) if pair[0] != pair[1]), min(len(left), len(right)))
     a, b = keys_of(left, size), keys_of(right, size)
     assert a[: same // size] == b[: same // size]
     assert not set(a[same // size :]) & set(b[same // size :])

@@ -47,9 +47,7 @@ def test_no_test_sleeps() -> None:
 
 def test_no_file_of_ours_is_longer_than_it_should_be() -> None:
     long = {
-        str(path.relative_to(TREE)): count
-        for path in (TREE / "src").rglob("*.py")
-        if (count := len(path.read_text().splitlines())) > 400
+        str(path.relative_to(TREE)): count for path in (TREE / "src").rglob("*.py") if (count := len(path.read_text().splitlines())) > 400
     }
     assert long == {}
 

@@ -61,9 +61,7 @@ class L1Settings(_Section):
     capacity_bytes: Int = Field(
         default=4 * GIB, gt=0, le=1 << 50, description="bytes of host memory for blocks, of the whole engine, shared out over ranks"
     )
-    policy: Annotated[Literal["s3fifo", "lru"], BeforeValidator(_lower)] = Field(
-        default="s3fifo", description="which blocks leave first"
-    )
+    policy: Annotated[Literal["s3fifo", "lru"], BeforeValidator(_lower)] = Field(default="s3fifo", description="which blocks leave first")
     reserve_bytes: Int = Field(
         default=GIB, ge=0, le=1 << 50, description="bytes of free memory that L1 must leave to others, or it does not start"
     )
@@ -82,24 +80,16 @@ class MatchSettings(_Section):
 class LoadSettings(_Section):
     """From L1 into the engine."""
 
-    max_jobs: Int = Field(
-        default=64, ge=1, le=65_536, description="loads promised and not yet ended; beyond it requests are computed"
-    )
-    start_deadline_ms: Float = Field(
-        default=1000.0, gt=0, le=600_000, description="a load not started by then is withdrawn and computed"
-    )
+    max_jobs: Int = Field(default=64, ge=1, le=65_536, description="loads promised and not yet ended; beyond it requests are computed")
+    start_deadline_ms: Float = Field(default=1000.0, gt=0, le=600_000, description="a load not started by then is withdrawn and computed")
 
 
 class SaveSettings(_Section):
     """From the engine into L1."""
 
     enabled: bool = Field(default=True, description="false: L1 is read, never written")
-    max_jobs: Int = Field(
-        default=256, ge=1, le=65_536, description="saves that wait or run, one per step; beyond it they are dropped"
-    )
-    pair_timeout_s: Float = Field(
-        default=60.0, gt=0, le=600, description="a save whose step or whose slots do not come by then is dropped"
-    )
+    max_jobs: Int = Field(default=256, ge=1, le=65_536, description="saves that wait or run, one per step; beyond it they are dropped")
+    pair_timeout_s: Float = Field(default=60.0, gt=0, le=600, description="a save whose step or whose slots do not come by then is dropped")
 
 
 class ModelSettings(_Section):
@@ -131,9 +121,7 @@ class Config(_Section):
     Only the section ``load`` has another name here, ``config.loads``, because `Config.load` reads them.
     """
 
-    enabled: bool = Field(
-        default=True, description=f"false: no connector; so does {DISABLED}=1, with which nothing else needs to be valid"
-    )
+    enabled: bool = Field(default=True, description=f"false: no connector; so does {DISABLED}=1, with which nothing else needs to be valid")
     namespace: str = Field(default="", description="goes into every key: engines share blocks only within one namespace")
     l1: L1Settings = L1Settings()
     match: MatchSettings = MatchSettings()

@@ -69,7 +69,7 @@ class DropReason(Enum):
 
 @dataclass(frozen=True, slots=True)
 class SaveRun:
-    """Consecutive full blocks of one request; ``parent`` is the key before ``keys[0]``, and ``keys[i]`` is the parent of ``keys[i + 1]``."""
+    """Consecutive full blocks of one request; ``parent`` is the key before ``keys[0]``, ``keys[i]`` the parent of ``keys[i + 1]``."""
 
     request: str
     parent: BlockKey
@@ -168,7 +168,7 @@ class ConnectorOff:
 
 @dataclass(frozen=True, slots=True)
 class SlotGrant:
-    """For every `ReserveSlots` admitted, empty where nothing was granted: copy engine block ``blocks[i]`` into ``slots[i]``, in this order."""
+    """For every `ReserveSlots` admitted, empty where nothing was granted: copy engine block ``blocks[i]`` into ``slots[i]``, in order."""
 
     job: Job
     slots: tuple[int, ...]

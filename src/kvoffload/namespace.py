@@ -84,6 +84,4 @@ def _utf8(text: str, path: str) -> bytes:
     try:
         return text.encode()
     except UnicodeEncodeError:
-        raise MisuseError(
-            f"namespace item {path or '(root)'} holds {text!r}, which is no valid Unicode text: give it as bytes"
-        ) from None
+        raise MisuseError(f"namespace item {path or '(root)'} holds {text!r}, which is no valid Unicode text: give it as bytes") from None

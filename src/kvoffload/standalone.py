@@ -111,7 +111,8 @@ class Runtime:
 
     async def _first_slots(self, parts: _Parts) -> None:
         """The news of the first slots is on its way to L1; a save right after `register` shall find them."""
-        while (statistics := parts.hub.statistics()) is not None and not statistics.usable and parts.hub.off_reason is None:
+        # A moment after the start, once per runtime: an event for it would have to be L1's own.
+        while (statistics := parts.hub.statistics()) is not None and not statistics.usable and parts.hub.off_reason is None:  # noqa: ASYNC110
             await anyio.sleep(0.001)
 
     def _start(self, tensors: Mapping[str, Tensor], block_size: int) -> _Parts:

@@ -108,7 +108,5 @@ def test_without_handlers_lines_go_to_stderr_from_the_configured_level_on() -> N
 
 
 def test_a_host_with_handlers_gets_each_line_once() -> None:
-    lines = run(
-        "configure('info'); logging.basicConfig(format='host: %(message)s'); get_logger().info('grown', slots=3)"
-    ).splitlines()
+    lines = run("configure('info'); logging.basicConfig(format='host: %(message)s'); get_logger().info('grown', slots=3)").splitlines()
     assert lines == ["host: grown slots=3"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import anyio
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -37,17 +36,10 @@ def prompts() -> Iterator[list[int]]:
         yield list(range(start, start + 8 * BLOCK_SIZE))
 
 
-async def grown(runtime: kvoffload.Runtime, slots: int) -> None:
-    with anyio.fail_after(10):
-        while runtime.statistics().usable < slots:
-            await anyio.sleep(0.001)
-
-
 async def test_what_was_saved_comes_back_into_other_blocks(tensors: dict[str, NDArray[np.uint8]]) -> None:
     tokens = list(range(22))
     async with kvoffload.open_runtime(CONFIG) as runtime:
         await runtime.register(tensors, block_size=BLOCK_SIZE)
-        await grown(runtime, 32)
         saved = await runtime.save(tokens, [10, 11, 12, 13, 14])
         assert (saved.tokens, saved.stored_tokens) == (20, 20)
         expected = pages(tensors, [10, 11, 12, 13, 14])
@@ -63,7 +55,6 @@ async def test_a_shorter_prefix_another_salt_and_other_tokens(tensors: dict[str,
     tokens = list(range(16))
     async with kvoffload.open_runtime(CONFIG) as runtime:
         await runtime.register(tensors, block_size=BLOCK_SIZE)
-        await grown(runtime, 32)
         await runtime.save(tokens, [1, 2, 3, 4])
         for given, salt, found in ((tokens[:11], b"", 8), (tokens, b"tenant", 0), ([*tokens[:8], 77, *tokens[9:]], b"", 8), ([], b"", 0)):
             async with runtime.match(given, salt=salt) as hit:
@@ -74,7 +65,6 @@ async def test_part_of_a_hit(tensors: dict[str, NDArray[np.uint8]]) -> None:
     tokens = list(range(16))
     async with kvoffload.open_runtime(CONFIG) as runtime:
         await runtime.register(tensors, block_size=BLOCK_SIZE)
-        await grown(runtime, 32)
         await runtime.save(tokens, [1, 2, 3, 4])
         expected = pages(tensors, [2, 3])
         async with runtime.match(tokens) as hit:
@@ -87,7 +77,6 @@ async def test_part_of_a_hit(tensors: dict[str, NDArray[np.uint8]]) -> None:
 async def test_l1_that_is_too_small_churns_and_stays_right(tensors: dict[str, NDArray[np.uint8]]) -> None:
     async with kvoffload.open_runtime(CONFIG) as runtime:
         await runtime.register(tensors, block_size=BLOCK_SIZE)
-        await grown(runtime, 32)
         hits = 0
         for number, tokens in zip(range(40), prompts(), strict=False):
             base = number % 7 * 8
@@ -112,7 +101,6 @@ async def test_reset_forgets_everything_and_an_open_hit_too(tensors: dict[str, N
     tokens = list(range(16))
     async with kvoffload.open_runtime(CONFIG) as runtime:
         await runtime.register(tensors, block_size=BLOCK_SIZE)
-        await grown(runtime, 32)
         await runtime.save(tokens, [1, 2, 3, 4])
         async with runtime.match(tokens) as hit:
             assert hit.tokens == 16
@@ -156,8 +144,12 @@ async def test_more_memory_than_there_is(tensors: dict[str, NDArray[np.uint8]]) 
             await runtime.register(tensors, block_size=BLOCK_SIZE)
 
 
+async def fail_inside(tensors: dict[str, NDArray[np.uint8]]) -> None:
+    async with kvoffload.open_runtime(CONFIG) as runtime:
+        await runtime.register(tensors, block_size=BLOCK_SIZE)
+        raise CopyError("mine")
+
+
 async def test_an_error_in_the_callers_block_stays_what_it_is(tensors: dict[str, NDArray[np.uint8]]) -> None:
     with pytest.raises(CopyError, match="mine"):
-        async with kvoffload.open_runtime(CONFIG) as runtime:
-            await runtime.register(tensors, block_size=BLOCK_SIZE)
-            raise CopyError("mine")
+        await fail_inside(tensors)

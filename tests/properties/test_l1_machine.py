@@ -191,7 +191,8 @@ class L1Machine(RuleBasedStateMachine):
         assert hit.pending == pending
         if hit.slots:
             assert hit.slots == tuple(ready[key] for key in keys[: len(hit.slots)])
-            assert (hit.reason, len(hit.slots)) == (HitReason.HIT, expected) or (hit.reason == HitReason.NO_ROOM and len(hit.slots) < expected)
+            is_whole = len(hit.slots) == expected
+            assert hit.reason == (HitReason.HIT if is_whole else HitReason.NO_ROOM)
             assert hit.expires > self.now
             self.hits[request] = hit, keys
             for rank in range(self.ranks):

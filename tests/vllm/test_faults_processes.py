@@ -176,10 +176,8 @@ def test_a_signal(temporary: Path, processes: int, which: str, number: signal.Si
     check_signal(temporary, processes, which, number)
 
 
-@pytest.mark.parametrize(
-    ("processes", "how"),
-    [(1, "leave"), pytest.param(1, "close", marks=pytest.mark.long), *(pytest.param(n, "leave", marks=pytest.mark.long) for n in (2, 3))],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("processes", "how"), [(1, "leave"), (1, "close"), (2, "leave"), (3, "leave")])
 def test_an_orderly_end_is_quiet_and_leaves_nothing(temporary: Path, processes: int, how: str) -> None:
     running = Running(processes, how, temporary)
     try:

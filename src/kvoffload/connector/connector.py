@@ -133,7 +133,7 @@ class KVOffloadConnector(KVConnectorBase_V1):
 
     def start_load_kv(self, forward_context: ForwardContext, **kwargs: Any) -> None:
         metadata = self._connector_metadata
-        if metadata is not None and self.worker_half is not None and metadata.loads:  # type: ignore[attr-defined]
+        if metadata is not None and self.worker_half is not None and metadata.loads:
             self._start_loads()
 
     @never_raises(None, _after_failed_start)
@@ -150,7 +150,7 @@ class KVOffloadConnector(KVConnectorBase_V1):
 
     def wait_for_save(self) -> None:
         metadata = self._connector_metadata
-        if metadata is not None and self.worker_half is not None and metadata.saves:  # type: ignore[attr-defined]
+        if metadata is not None and self.worker_half is not None and metadata.saves:
             self._start_saves()
 
     @never_raises(None)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
     from kvoffload.keys import Extras, KeyChain
 
+
 class Phase(Enum):
     """What is known of the request's prefix in L1.
 
@@ -56,9 +57,7 @@ class RequestRecord:
         "sequence",
     )
 
-    def __init__(
-        self, request: Request, chain: KeyChain, extras: Extras, *, may_save: bool, may_load: bool
-    ) -> None:
+    def __init__(self, request: Request, chain: KeyChain, extras: Extras, *, may_save: bool, may_load: bool) -> None:
         self.request = request
         self.request_id: str = request.request_id
         self.chain = chain

@@ -153,7 +153,7 @@ class SchedulerSide:
         self.counters.loads += 1
 
     def plan_withdrawn(self, request_id: str, blocks: list[int], num_external_tokens: int) -> None:
-        """Never to happen: vLLM waits for a load that nobody can do, into the last of ``blocks``. Reported failed, so that vLLM computes."""
+        """Never to happen: vLLM waits for a load that nobody can do, into the last of ``blocks``. It is reported failed, and computed."""
         if any(load.request == request_id for load in self._planned):
             return
         count = -(-num_external_tokens // self._settings.block_size)
@@ -269,14 +269,16 @@ class SchedulerSide:
 
 
 def opt_outs(request: Request) -> tuple[bool, bool]:
-    """(may save, may load) of ``kv_transfer_params={"kvoffload": {"save": false, "load": false}}``; what else stands there is ignored, and said."""
+    """(may save, may load) by ``kv_transfer_params={"kvoffload": {"save": false, "load": false}}``; what else stands there is ignored."""
     params = request.kv_transfer_params
     wishes = params.get("kvoffload") if isinstance(params, dict) else None
     if wishes is None:
         return True, True
     if not isinstance(wishes, dict) or not all(key in ("save", "load") and isinstance(value, bool) for key, value in wishes.items()):
         log.warning(
-            "kv_transfer_params['kvoffload'] ignored: give {'save': bool, 'load': bool}", request=request.request_id, given=repr(wishes)[:200]
+            "kv_transfer_params['kvoffload'] ignored: give {'save': bool, 'load': bool}",
+            request=request.request_id,
+            given=repr(wishes)[:200],
         )
         return True, True
     return wishes.get("save", True), wishes.get("load", True)

@@ -150,4 +150,5 @@ class WorkerSide:
             self.counters.failed_loads += 1
         else:
             self.counters.withdrawn_loads += 1
-        log.warning("load not done, vLLM computes these blocks", request=pending.load.request, outcome=outcome.name, blocks=len(pending.load.blocks))
+        load = pending.load
+        log.warning("load not done, vLLM computes these blocks", request=load.request, outcome=outcome.name, blocks=len(load.blocks))

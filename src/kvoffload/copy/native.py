@@ -22,6 +22,7 @@ from numba.extending import intrinsic, register_jitable
 from kvoffload.errors import UnsupportedError
 from kvoffload.observe.logs import get_logger
 
+
 def _make_vars_work(library: Any) -> None:
     """Let ``vars(llvmlite.binding.ffi.lib)`` be a dict, where llvmlite makes a foreign function of it.
 

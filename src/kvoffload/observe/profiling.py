@@ -66,9 +66,7 @@ def start(settings: Settings, tags: Mapping[str, str] | None = None) -> bool:
         return False
     try:
         started = agent.configure(application_name=APPLICATION, server_address=settings.server_address, tags=dict(tags or {}))
-    except (
-        Exception
-    ) as error:  # a native extension of somebody else's: what it raises is not ours to know, and never worth an engine
+    except Exception as error:  # a native extension of somebody else's: what it raises is not ours to know, and never worth an engine
         _log.warning("profiling is off: pyroscope did not start", server=settings.server_address, error=error)
         return False
     if started is False:
