@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from typing import Any, ClassVar
@@ -36,13 +37,13 @@ def wait_ready(connector: Any, timeout_s: float = 60.0) -> None:
     """Until the halves have met and as much of L1 is populated as is going to be: before that, saves are dropped."""
     assert connector.off_reason is None, connector.off_reason
     hub = connector.scheduler_half.host.hub
-    end, last = time.monotonic() + timeout_s, -1
+    end, last, pause = time.monotonic() + timeout_s, -1, threading.Event()
     while time.monotonic() < end:
         usable = hub.statistics().usable if hub.is_live else 0
         if usable and usable == last:
             return
         last = usable
-        time.sleep(0.1)  # populating takes 5 ms a step
+        pause.wait(0.1)  # populating takes 5 ms a step
     raise AssertionError(f"the connector is not ready after {timeout_s} s: live {hub.is_live}, off {hub.off_reason}, slots {last}")
 
 
