@@ -72,15 +72,13 @@ def vllm(session: nox.Session) -> None:
 @nox.session(venv_backend="none")
 def demo(session: nox.Session) -> None:
     """Prompts that left the engine's cache come back from host memory: a table."""
-    environment(session)
-    session.run("kvoffload", "demo", *session.posargs, external=True)
+    session.run(environment(session), "-m", "kvoffload.cli", "demo", *session.posargs, external=True)
 
 
 @nox.session(venv_backend="none")
 def bench(session: nox.Session) -> None:
     """Every figure that the project promises, measured here."""
-    environment(session)
-    session.run("kvoffload", "bench", *(session.posargs or ["all"]), external=True)
+    session.run(environment(session), "-m", "kvoffload.cli", "bench", *(session.posargs or ["all"]), external=True)
 
 
 @nox.session(reuse_venv=True)

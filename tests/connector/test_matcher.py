@@ -216,7 +216,7 @@ def test_without_a_credit_it_waits_until_the_deadline_and_then_gives_the_hit_bac
     assert second.phase is Phase.HELD
     bench.clock.now += 0.051
     assert bench.ask(second) == 0
-    assert bench.hub.of(ReleaseHit) == [ReleaseHit("second", 1)]
+    assert bench.hub.of(ReleaseHit) == [ReleaseHit("second", second.sequence)]
     assert bench.matcher.zero_reasons == {"busy": 1}
     assert bench.matcher.credits == 0
 

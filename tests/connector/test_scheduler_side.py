@@ -435,3 +435,17 @@ def test_who_loads_and_saves(bench: Bench, changes: dict[str, Any], loads: bool,
     bench.admit(request, (1, 2, 3, 4, 5))
     metadata = bench.side.build_connector_meta(make_output({"r": 17}, {"r": [1, 2, 3, 4, 5]}))
     assert bool(bench.hub.of(ReserveSlots)) == bool(metadata.saves) == saves
+
+
+def test_an_answer_to_a_request_that_ended_is_not_taken_for_one_of_the_same_name() -> None:
+    bench = Bench()
+    old = bench.new("r")
+    assert bench.match(old) == (None, False)
+    late = hit_for(bench.side.records["r"], 4)
+    bench.side.request_finished(old)
+    new = bench.new("r")
+    new._all_token_ids = list(range(500, 517))
+    bench.hub.inbox.append(late)
+    assert bench.match(new) == (None, False)
+    bench.side.build_connector_meta(make_output())
+    assert bench.match(new, slots=2) == (8, True)

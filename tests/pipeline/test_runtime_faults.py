@@ -7,16 +7,24 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-from tests.pipeline.hosts import SLOTS, Hosts, blocked, until
+from tests.pipeline.hosts import CONFIG, SLOTS, Hosts, blocked, keys, until
 
+from kvoffload import link
+from kvoffload.bridge import LoopThread
+from kvoffload.config import Config
+from kvoffload.errors import CapacityError
 from kvoffload.link import find_half
-from kvoffload.messages import DropReason, LoadOutcome
+from kvoffload.messages import DropReason, LoadOutcome, MatchPrefix, PrefixHit, ResetCache
+from kvoffload.runtime.hosts import WorkerHost
+from kvoffload.runtime.hub import HubRuntime, RankPort
+from kvoffload.runtime.worker import WorkerRuntime
 
 LIMIT_S = 3.0
 """For `shutdown`."""
@@ -284,3 +292,41 @@ def test_the_interpreter_ends_whatever_hangs(topology: str, state: str) -> None:
             process.kill()
     assert process.returncode == 0
     assert time.monotonic() - begun < 15
+
+
+# ---------------------------------------------------------------- before it begins
+
+
+def test_a_reset_before_the_ranks_are_there_is_counted() -> None:
+    """Else every later answer is of an older generation than the facade's, and ignored for good."""
+    loop = LoopThread("test", lambda error: None)
+    loop.start()
+    hub = HubRuntime(Config.load(CONFIG))
+    hub.owe(ResetCache(1))
+    hub.open(SLOTS, [RankPort(lambda message: None)], loop.call_soon, loop.heartbeat)
+    loop.submit(hub.run)
+    assert hub.offer(MatchPrefix("r", 1, keys(1), 0.0))
+    assert hub.wait(20)
+    (hit,) = hub.take()
+    assert isinstance(hit, PrefixHit)
+    assert hit.generation == 1
+    hub.close()
+    loop.stop(LIMIT_S)
+
+
+def test_a_worker_half_that_cannot_start_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(runtime: WorkerRuntime) -> None:
+        raise CapacityError("no memory for the first slots")
+
+    monkeypatch.setattr(WorkerRuntime, "start", start)
+    made: list[link.Listener] = []
+    listen = link.listen
+    monkeypatch.setattr(link, "listen", lambda: made.append(listen()) or made[-1])
+    threads = set(threading.enumerate())
+    tensors = {"layer0": np.zeros((16, 2048), dtype=np.uint8)}
+    with pytest.raises(CapacityError):
+        WorkerHost.start(Config.load(CONFIG), 0, tensors, 16, lambda engine: engine)
+    assert set(threading.enumerate()) == threads
+    (listener,) = made
+    assert find_half(listener.address.token) is None
+    assert listener._socket.fileno() == -1

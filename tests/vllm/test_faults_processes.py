@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -43,17 +42,16 @@ if __name__ == "__main__":
 
 
 class Running:
-    """An engine in processes of its own. All of them carry a mark in their environment."""
+    """An engine in processes of its own."""
 
     def __init__(self, processes: int, how: str, temporary: Path) -> None:
-        self.mark = f"KV_TEST_MARK={uuid.uuid4()}"
-        name, _, value = self.mark.partition("=")
         path = os.pathsep.join([str(environment.ROOT / "src"), str(environment.ROOT)])
         # vLLM's own socket paths are long: the temporary directory must not be.
-        variables = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(temporary), name: value}
+        variables = {**os.environ, "PYTHONPATH": path, "TMPDIR": str(temporary)}
         program = temporary / "serve.py"
         program.write_text(SERVE)
         self.errors = temporary / "stderr"
+        self._started: dict[int, str] = {}
         with self.errors.open("w") as errors:
             self.parent = subprocess.Popen(
                 [sys.executable, str(program), str(processes), how],
@@ -68,17 +66,17 @@ class Running:
         assert self.parent.stdout is not None
         for line in self.parent.stdout:
             if line.startswith("served"):
+                self._started = {pid: started_at(pid) for pid in [self.parent.pid, *descendants(self.parent.pid)]}
                 return line
         raise AssertionError(self.errors.read_text()[-4000:])
 
     def processes(self) -> dict[int, str]:
-        """Its processes by id, with their titles; those that wait to be reaped do not count."""
+        """Those of its processes that have not ended, by id, with their titles; what waits to be reaped has ended."""
         found = {}
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdigit():
-                with suppress(OSError):
-                    if self.mark.encode() in (entry / "environ").read_bytes():
-                        found[int(entry.name)] = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
+        for pid, started in self._started.items():
+            with suppress(OSError):
+                if started_at(pid) == started and (title := Path(f"/proc/{pid}/cmdline").read_bytes()):
+                    found[pid] = title.replace(b"\0", b" ").decode().strip()
         return found
 
     def pid_of(self, which: str) -> int:
@@ -94,13 +92,26 @@ class Running:
                 self.parent.stdin.close()
 
     def kill_all(self) -> None:
-        for pid in self.processes():
+        for pid in self.processes() or [self.parent.pid]:
             with suppress(OSError):
                 os.kill(pid, signal.SIGKILL)
         self.end()
         assert self.parent.stdout is not None
         self.parent.stdout.close()
         self.parent.wait(30)
+
+
+def descendants(pid: int) -> list[int]:
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            found += [int(child), *descendants(int(child))]
+    return found
+
+
+def started_at(pid: int) -> str:
+    """Tells a process from a later one of the same id."""
+    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[19]
 
 
 def memories(pids: Iterable[int] = ()) -> dict[tuple[int, int], set[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole, KVConnectorTransferResults
@@ -149,9 +150,24 @@ class KVOffloadConnector(KVConnectorBase_V1):
         """Saves are whole blocks, after the step: nothing is copied here."""
 
     def wait_for_save(self) -> None:
+        if sys.exception() is not None and self._forward_failed():
+            return
         metadata = self._connector_metadata
         if metadata is not None and self.worker_half is not None and metadata.saves:
             self._start_saves()
+
+    @never_raises(True)
+    def _forward_failed(self) -> bool:
+        """vLLM comes here on the way out of a failed forward too. An engine in this process may be used again (a KeyboardInterrupt in a
+        notebook), and takes the step's blocks for computed: nothing that it holds can be proven any more.
+        """
+        error = sys.exception()
+        step = sys._getframe(3)  # behind this method, its guard, and the hook
+        if error is None or error.__traceback__ is None or error.__traceback__.tb_frame is not step:
+            return False  # whoever drives vLLM does so while handling an exception of its own
+        if self.worker_half is not None:
+            self.worker_half.turn_off(f"the forward of a step failed: {error!r}")
+        return True
 
     @never_raises(None)
     def _start_saves(self) -> None:

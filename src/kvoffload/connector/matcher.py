@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +36,8 @@ class Matcher:
         self._settings = settings
         self._pump = pump
         self._clock = clock
+        # One count for all requests: a name may come again while an answer to its last bearer is still under way.
+        self._sequences = itertools.count(1)
         self.generation = 0
         self.credits = settings.max_loads
         self.zero_reasons: dict[str, int] = {}
@@ -84,9 +87,10 @@ class Matcher:
         return tuple(record.chain.keys[:blocks])
 
     def _post(self, record: RequestRecord, keys: tuple[BlockKey, ...], deadline: float) -> bool:
-        if not self._hub.offer(MatchPrefix(record.request_id, record.sequence + 1, keys, deadline)):
+        sequence = next(self._sequences)
+        if not self._hub.offer(MatchPrefix(record.request_id, sequence, keys, deadline)):
             return False
-        record.sequence += 1
+        record.sequence = sequence
         record.phase = Phase.ASKED
         return True
 

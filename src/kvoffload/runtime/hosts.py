@@ -52,7 +52,12 @@ class WorkerHost:
             raise
         host = cls(config, rank, listener)
         link.register_half(host.address.token, host)
-        host.runtime.start()
+        try:
+            host.runtime.start()
+        except BaseException:
+            host.close(1.0)
+            listener.close()
+            raise
         host.loop.submit(host.runtime.run)
         host.loop.submit(host._serve)
         return host

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from threading import Lock
 
 from kvoffload.actors.l1_manager import L1Manager
 from kvoffload.bridge import Heartbeat, Inbox
@@ -14,7 +15,7 @@ from kvoffload.l1.parts import L1Config
 from kvoffload.l1.statistics import L1Statistics
 from kvoffload.mailbox import OnFull, Receiver, Reply, Sender, ThreadSender, open_mailbox
 from kvoffload.mailbox_state import CallSoon
-from kvoffload.messages import ConnectorOff, Flush, RankLost, SlotGrant, ToL1Manager, ToScheduler
+from kvoffload.messages import ConnectorOff, Flush, RankLost, ResetCache, SlotGrant, ToL1Manager, ToScheduler
 from kvoffload.observe.logs import get_logger
 from kvoffload.runtime.worker import FromRank
 from kvoffload.supervisor import Child, RestartPolicy, Supervisor
@@ -45,6 +46,8 @@ class HubRuntime:
         self._inbox: Inbox[ToScheduler] = Inbox()
         self._on_answer = on_answer or self._inbox.put
         self._opened: _Opened | None = None
+        self._opening = Lock()
+        self._early_reset: ResetCache | None = None
         self.off_reason: str | None = None
 
     def open(self, slots: int, ranks: Sequence[RankPort], call_soon: CallSoon, heartbeat: Heartbeat | None) -> None:
@@ -59,7 +62,10 @@ class HubRuntime:
         manager = L1Manager(core, receiver, self._to_rank, self._on_answer, time.monotonic)
         posts, reports = sender.threadsafe(), sender.threadsafe()
         sender.close()
-        self._opened = _Opened(tuple(ranks), heartbeat, posts, reports, core, manager)
+        with self._opening:
+            if self._early_reset is not None:
+                posts.owe(self._early_reset)
+            self._opened = _Opened(tuple(ranks), heartbeat, posts, reports, core, manager)
 
     async def run(self) -> None:
         """L1Manager, supervised: when it crashes its state cannot be trusted, and the connector goes off."""
@@ -125,6 +131,12 @@ class HubRuntime:
         return opened is not None and opened.posts.offer(message)
 
     def owe(self, message: ToL1Manager) -> None:
+        if self._opened is None and isinstance(message, ResetCache):
+            # There is nothing to forget yet, but who asks counts generations from here on, and L1 must count along.
+            with self._opening:
+                if self._opened is None:
+                    self._early_reset = message
+                    return
         # Once off, nobody acts on it any more, and nobody may be left to take it out.
         if self._opened is not None and self.off_reason is None:
             self._opened.posts.owe(message)
