@@ -17,6 +17,10 @@ from kvoffload.connector.metadata import StepMetadata
 from kvoffload.connector.worker_side import WorkerSettings, WorkerSide
 
 
+def unstarted() -> Any:
+    return KVOffloadConnector.__new__(KVOffloadConnector)
+
+
 class Worker:
     """The worker's half of a connector, and vLLM's model runner around it."""
 
@@ -24,7 +28,7 @@ class Worker:
         clock = Clock()
         self.copies = FakeCopies(clock)
         self.off: list[str] = []
-        self.connector: Any = KVOffloadConnector.__new__(KVOffloadConnector)
+        self.connector = unstarted()
         self.connector.scheduler_half = None
         self.connector.worker_half = SimpleNamespace(side=WorkerSide(self.copies, WorkerSettings(), clock), turn_off=self.off.append)
         self.connector._connector_metadata = StepMetadata(saves=(1,))

@@ -449,3 +449,18 @@ def test_an_answer_to_a_request_that_ended_is_not_taken_for_one_of_the_same_name
     assert bench.match(new) == (None, False)
     bench.side.build_connector_meta(make_output())
     assert bench.match(new, slots=2) == (8, True)
+
+
+def test_hits_that_nobody_asks_for_are_given_back_in_time() -> None:
+    bench = Bench()
+    waiting = bench.new("waiting", 33)
+    assert bench.match(waiting, slots=2) == (2 * BLOCK_SIZE, True)
+    record = bench.side.records["waiting"]
+    assert record.hit is not None
+    bench.clock.now = record.hit.expires - 0.01
+    bench.side.build_connector_meta(make_output())
+    assert record.phase is Phase.HELD
+    bench.clock.now += 2.0
+    bench.side.build_connector_meta(make_output())
+    assert (record.phase, record.has_credit, bench.side.matcher.credits) == (Phase.NEW, False, 4)
+    assert bench.hub.posted[-1] == ReleaseHit("waiting", record.sequence)

@@ -319,14 +319,12 @@ def test_a_worker_half_that_cannot_start_leaves_nothing_behind(monkeypatch: pyte
         raise CapacityError("no memory for the first slots")
 
     monkeypatch.setattr(WorkerRuntime, "start", start)
-    made: list[link.Listener] = []
-    listen = link.listen
-    monkeypatch.setattr(link, "listen", lambda: made.append(listen()) or made[-1])
+    listener = link.listen()
+    monkeypatch.setattr(link, "listen", lambda: listener)
     threads = set(threading.enumerate())
     tensors = {"layer0": np.zeros((16, 2048), dtype=np.uint8)}
     with pytest.raises(CapacityError):
         WorkerHost.start(Config.load(CONFIG), 0, tensors, 16, lambda engine: engine)
     assert set(threading.enumerate()) == threads
-    (listener,) = made
     assert find_half(listener.address.token) is None
     assert listener._socket.fileno() == -1

@@ -191,14 +191,16 @@ class GpuCopy:
         except EndOfMailbox:
             pass
         self._is_draining = True
-        self._handle_burst()
-        # A copy that has still not ended holds up no others; L1 hears nothing of it and keeps its slots.
-        for fact in [fact for fact in self._grants.values() if fact is not None]:
-            self._report_filled(fact)
-        for waiting in self._waiting:
-            waiting.reply.answer(False)
-        self._waiting.clear()
-        self._receiver.close()
+        try:
+            self._handle_burst()
+            # A copy that has still not ended holds up no others; L1 hears nothing of it and keeps its slots.
+            for fact in [fact for fact in self._grants.values() if fact is not None]:
+                self._report_filled(fact)
+        finally:  # what ended the actor may be among what is left, and raise again
+            for waiting in self._waiting:
+                waiting.reply.answer(False)
+            self._waiting.clear()
+            self._receiver.close()
 
     async def _wait_idle(self) -> None:
         """In a daemon thread: one of anyio's pool would keep the process from ending where this loop is abandoned."""

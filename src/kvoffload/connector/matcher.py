@@ -55,11 +55,8 @@ class Matcher:
         if not self._hub.is_live:
             return self._zero("off")
         if record.phase is Phase.HELD:
-            assert record.hit is not None
-            if self._clock() < record.hit.expires:
+            if not self.expire(record, self._clock()):
                 return self._promise(record, num_computed_tokens)
-            self._give_back(record)
-            record.asked_at = None
         return self._ask(record, num_computed_tokens, engine_is_idle)
 
     def _ask(self, record: RequestRecord, num_computed_tokens: int, engine_is_idle: bool) -> int | None:
@@ -191,6 +188,14 @@ class Matcher:
         record.phase = Phase.SPENT if record.load_failed else Phase.NEW
         record.asked_at = None
         record.has_waited = False
+
+    def expire(self, record: RequestRecord, now: float) -> bool:
+        """Whether a hit was held and is too old by now: it is given back, and asked anew when vLLM asks."""
+        if record.phase is not Phase.HELD or record.hit is None or now < record.hit.expires:
+            return False
+        self._give_back(record)
+        record.asked_at = None
+        return True
 
     def forget(self, record: RequestRecord) -> None:
         """The request ended. L1 is told where it may hold something for it: a post can cost vLLM's thread a switch of threads."""

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 log = get_logger("scheduler_side")
 
+SWEEP_S = 1.0
+"""How often hits that grew too old are looked for."""
+
 
 @dataclass(frozen=True, slots=True)
 class SchedulerSettings:
@@ -78,6 +81,8 @@ class SchedulerSide:
         """Loads promised to vLLM and not reported finished, by request; they outlive their record."""
         self._generation = 0
         self._step = 0
+        self._clock = clock
+        self._next_sweep = clock() + SWEEP_S
 
     def _next_job(self) -> Job:
         return next(self._jobs)
@@ -140,6 +145,8 @@ class SchedulerSide:
         self._count_query(request, record.local_tokens, num_external_tokens)
         if hit is None or not record.has_credit:
             log.error("vLLM took tokens that were not promised", request=request_id, tokens=num_external_tokens)
+            if hit is not None:
+                self._hub.owe(StartLoad(self._next_job(), request_id, hit.sequence, 0, 0))
             self.plan_withdrawn(request_id, ids, num_external_tokens)
             return
         first = known // size
@@ -196,6 +203,8 @@ class SchedulerSide:
         self._step += 1
         self.matcher.new_step()
         self._pump()
+        if self._clock() >= self._next_sweep:
+            self._sweep()
         for request_id in output.preempted_req_ids or ():
             record = self.records.get(request_id)
             if record is not None:
@@ -203,6 +212,13 @@ class SchedulerSide:
         self._bump(output)
         saves = self.saver.plan(output, self.records) if self.off_reason is None else ()
         return StepMetadata(saves, self.take_planned(), not output.total_num_scheduled_tokens)
+
+    def _sweep(self) -> None:
+        """Give back the hits that nobody asked for in time: requests deep in vLLM's queue are not asked about, and must not hold slots."""
+        now = self._clock()
+        self._next_sweep = now + SWEEP_S
+        for record in self.records.values():
+            self.matcher.expire(record, now)
 
     def _notice_changes(self, record: RequestRecord) -> None:
         """A preemption, once: after a reset vLLM admits a request again before it says that it was preempted. A session's next input."""

@@ -137,8 +137,9 @@ class HubRuntime:
                 if self._opened is None:
                     self._early_reset = message
                     return
-        # Once off, nobody acts on it any more, and nobody may be left to take it out.
-        if self._opened is not None and self.off_reason is None:
+        # Off or not: a load that was promised before is still reported, and L1 must know of it. Where nobody takes it out any more the
+        # mailbox is closed, and drops it.
+        if self._opened is not None:
             self._opened.posts.owe(message)
 
     def take(self) -> Sequence[ToScheduler]:
