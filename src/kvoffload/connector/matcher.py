@@ -54,9 +54,8 @@ class Matcher:
             return 0
         if not self._hub.is_live:
             return self._zero("off")
-        if record.phase is Phase.HELD:
-            if not self.expire(record, self._clock()):
-                return self._promise(record, num_computed_tokens)
+        if record.phase is Phase.HELD and not self.expire(record, self._clock()):
+            return self._promise(record, num_computed_tokens)
         return self._ask(record, num_computed_tokens, engine_is_idle)
 
     def _ask(self, record: RequestRecord, num_computed_tokens: int, engine_is_idle: bool) -> int | None:

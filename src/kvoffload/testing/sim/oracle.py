@@ -63,6 +63,7 @@ class HookOracle:
         self._blocks: dict[str, frozenset[int]] = {}
         self._failed: set[str] = set()
         self._waited_before = 0.0
+        self._matching = ""
         self._watch_pool()
 
     def _watch_pool(self) -> None:
@@ -81,12 +82,14 @@ class HookOracle:
     # ------------------------------------------------------------ HookWatcher
 
     def match_begins(self, request: Request) -> None:
+        self._matching = request.request_id
         self._waited_before = self._waited_s()
         self._asked.setdefault(request.request_id, self._clock.now)
 
     def matched(self, request: Request, num_computed_tokens: int, answer: tuple[int | None, bool]) -> None:
         tokens, is_async = answer
         name = request.request_id
+        self._matching = ""
         waited = self._waited_s() - self._waited_before
         if waited > self._settings.match().wait_idle_s + SLACK_S:
             raise OracleError(f"the match hook waited {waited * 1e3:.2f} ms for {name}", [f"request {name}"])
@@ -179,7 +182,8 @@ class HookOracle:
 
     def released(self, message: ReleaseHit) -> None:
         """A hit was given back. One that had expired is asked for anew, and that is a new question."""
-        if message.request in self._asked:
+        self._asked.pop(message.request, None)
+        if message.request == self._matching:
             self._asked[message.request] = self._clock.now
 
     def _check_bumps(self) -> None:
