@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 log = get_logger("connector")
 
+_NOTHING = KVConnectorTransferResults()
+"""What nearly every step reports; vLLM 0.32 reads it and keeps it no longer than the step."""
+
 
 def _after_failed_alloc(self: KVOffloadConnector, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
     """Nobody knows which blocks have a new owner by now: no save under way may count. And vLLM waits for what it took."""
@@ -177,7 +180,7 @@ class KVOffloadConnector(KVConnectorBase_V1):
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
         finished = self.get_finished(finished_req_ids)[1]
-        return KVConnectorTransferResults(finished_recving=finished) if finished else KVConnectorTransferResults()
+        return KVConnectorTransferResults(finished_recving=finished) if finished else _NOTHING
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         if self.worker_half is None or not self.worker_half.side.has_news:
@@ -190,9 +193,10 @@ class KVOffloadConnector(KVConnectorBase_V1):
         assert self.worker_half is not None
         return self.worker_half.side.get_finished(idle=metadata is not None and metadata.idle)
 
-    @never_raises(None, lambda *_: set())
     def get_block_ids_with_load_errors(self) -> set[int]:
-        return self.worker_half.side.get_block_ids_with_load_errors() if self.worker_half is not None else set()
+        if self.worker_half is None or not self.worker_half.side.has_errors:
+            return set()
+        return self.worker_half.side.get_block_ids_with_load_errors()
 
     def _step(self) -> StepMetadata | None:
         metadata = self._connector_metadata
@@ -233,10 +237,14 @@ class KVOffloadConnector(KVConnectorBase_V1):
             return StepMetadata()
         return self.scheduler_half.side.build_connector_meta(scheduler_output)
 
-    @never_raises(None)
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        if self.scheduler_half is not None:
-            self.scheduler_half.side.update_connector_output(connector_output)
+        if self.scheduler_half is not None and connector_output.finished_recving:
+            self._loads_finished(connector_output)
+
+    @never_raises(None)
+    def _loads_finished(self, connector_output: KVConnectorOutput) -> None:
+        assert self.scheduler_half is not None
+        self.scheduler_half.side.update_connector_output(connector_output)
 
     @never_raises((False, None))
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
@@ -252,8 +260,12 @@ class KVOffloadConnector(KVConnectorBase_V1):
 
     # ------------------------------------------------------------ statistics
 
-    @never_raises(None)
     def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        half = self.scheduler_half or self.worker_half
+        return self._take_statistics() if half is not None and half.side.has_statistics else None
+
+    @never_raises(None)
+    def _take_statistics(self) -> KVConnectorStats | None:
         half = self.scheduler_half or self.worker_half
         data = half.take_statistics() if half is not None else None
         return KVOffloadStats(data) if data else None

@@ -26,7 +26,10 @@ if TYPE_CHECKING:
 log = get_logger("scheduler_side")
 
 SWEEP_S = 1.0
-"""How often hits that grew too old are looked for."""
+"""How often hits that grew too old are looked for, and statistics taken."""
+
+_COMPUTES, _IDLES = StepMetadata(), StepMetadata(idle=True)
+"""What most steps say; nobody writes to them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +86,8 @@ class SchedulerSide:
         self._step = 0
         self._clock = clock
         self._next_sweep = clock() + SWEEP_S
+        self.has_statistics = False
+        """It is time to take them: about once a second."""
 
     def _next_job(self) -> Job:
         return next(self._jobs)
@@ -211,12 +216,15 @@ class SchedulerSide:
                 self._notice_changes(record)
         self._bump(output)
         saves = self.saver.plan(output, self.records) if self.off_reason is None else ()
+        if not saves and not self._planned:
+            return _COMPUTES if output.total_num_scheduled_tokens else _IDLES
         return StepMetadata(saves, self.take_planned(), not output.total_num_scheduled_tokens)
 
     def _sweep(self) -> None:
         """Give back the hits that nobody asked for in time: requests deep in vLLM's queue are not asked about, and must not hold slots."""
         now = self._clock()
         self._next_sweep = now + SWEEP_S
+        self.has_statistics = True
         for record in self.records.values():
             self.matcher.expire(record, now)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 from kvoffload.connector.scheduler_side import SchedulerCounters, SchedulerSide
@@ -13,9 +12,6 @@ if TYPE_CHECKING:
     from kvoffload.runtime.hosts import WorkerHost
     from kvoffload.runtime.hub import HubRuntime
 
-EVERY_S = 1.0
-"""vLLM asks in every step; statistics cost a message to its front-end."""
-
 
 class SchedulerStatistics:
     """Differences since the last time, of the facade's counters and of L1's."""
@@ -23,15 +19,13 @@ class SchedulerStatistics:
     def __init__(self, side: SchedulerSide, hub: HubRuntime) -> None:
         self._side = side
         self._hub = hub
-        self._next = time.monotonic() + EVERY_S
         self._last: dict[str, int] = {}
 
     def take(self) -> dict[str, Any] | None:
-        now = time.monotonic()
-        if now < self._next:
-            return None
-        self._next = now + EVERY_S
         side = self._side
+        if not side.has_statistics:
+            return None
+        side.has_statistics = False
         counters, side.counters = side.counters, SchedulerCounters()
         found = {
             "queried_tokens": counters.queried_tokens,
@@ -60,6 +54,7 @@ class SchedulerStatistics:
 
 def worker_statistics(side: WorkerSide, host: WorkerHost | None) -> dict[str, Any] | None:
     """Counters since the last time, None where nothing happened: a value would keep an idle step from being idle."""
+    side.has_statistics = False
     counters = side.counters
     if host is None or not (counters.loaded_blocks or counters.failed_loads or counters.withdrawn_loads or counters.refused_saves):
         return None

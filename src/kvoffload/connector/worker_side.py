@@ -62,6 +62,8 @@ class WorkerSide:
         self._pending: dict[Job, PendingLoad] = {}
         self._report = Report()
         self.counters = WorkerCounters()
+        self.has_statistics = False
+        """The counters have changed since they were taken."""
 
     def start_load_kv(self, metadata: StepMetadata) -> None:
         """Hand this step's loads to the copy threads."""
@@ -96,6 +98,7 @@ class WorkerSide:
         for job in metadata.saves:
             if not self._copies.save(SaveBlocks(job, mark)):
                 self.counters.refused_saves += 1
+                self.has_statistics = True
 
     def get_finished(self, *, idle: bool) -> set[str] | None:
         """Requests whose loads have ended. In a step that computes nothing this waits up to ``wait_idle_s``, lock released, for one."""
@@ -121,6 +124,10 @@ class WorkerSide:
         return bool(self._pending)
 
     @property
+    def has_errors(self) -> bool:
+        return bool(self._report.invalid_blocks)
+
+    @property
     def has_news(self) -> bool:
         """Loads are pending, or there is something to report."""
         return bool(self._pending) or bool(self._report.finished)
@@ -142,6 +149,7 @@ class WorkerSide:
         if pending is None:
             return
         self._report.finished.add(pending.load.request)
+        self.has_statistics = True
         if outcome is LoadOutcome.LOADED:
             self.counters.loaded_blocks += len(pending.load.blocks)
             return
