@@ -1,4 +1,4 @@
-"""The link: mailboxes between a worker half and the hub in another process, over a unix socket. See section 2 of the design.
+"""The link: mailboxes between a worker half and the hub in another process, over a unix socket.
 
 Worker half: ``listen``, ``Listener.accept``, ``serve_worker``, ``Link.run``. Hub: ``connect``, ``join_hub``, ``Link.run``.
 Halves that live in one process meet by ``register_half`` and ``find_half`` instead, and need none of this.

@@ -1,4 +1,4 @@
-"""The namespace: everything beside a prompt that decides the bytes of its KV blocks (DESIGN section 6).
+"""The namespace: everything beside a prompt that decides the bytes of its KV blocks.
 
 The same in every process of an engine and in every engine set up alike; nothing in it depends on a process, a path or a run.
 """

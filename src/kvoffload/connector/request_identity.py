@@ -1,4 +1,4 @@
-"""What else than its tokens identifies a request's blocks: adapter, salt, multimodal items, prompt embeddings (DESIGN section 6).
+"""What else than its tokens identifies a request's blocks: adapter, salt, multimodal items, prompt embeddings.
 
 Everything here runs on vLLM's thread. Nothing of vLLM or torch is imported.
 """

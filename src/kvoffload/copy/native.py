@@ -1,7 +1,7 @@
 """The copy loops, compiled by numba to run without the interpreter lock.
 
 Importing this imports numba; `compile_kernels` compiles, or loads what an earlier process compiled. There is no Python fallback:
-a loop over pages that takes the interpreter lock was measured at 1.4 to 888 ms for 23 blocks (notes/vllm.md, section 11).
+a loop over pages that takes the interpreter lock was measured at 1.4 to 888 ms for 23 blocks.
 """
 
 from __future__ import annotations
