@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from kvoffload.bench.hook_timing import HookTimers
+from kvoffload.bench.insides import Insides, KVOffloadInsides
 
 
 class Port:
@@ -61,7 +62,7 @@ def step(*tokens: int, new: int = 0) -> SimpleNamespace:
 @pytest.fixture
 def engine() -> tuple[HookTimers, Any, Any]:
     scheduler, worker = SchedulerConnector(), WorkerConnector()
-    return HookTimers.install(scheduler, worker), scheduler, worker
+    return HookTimers.install(scheduler, worker, KVOffloadInsides(scheduler, worker)), scheduler, worker
 
 
 def test_waits_are_told_apart_and_blocks_are_counted_once(engine: tuple[HookTimers, Any, Any]) -> None:
@@ -107,3 +108,16 @@ def test_time_outside_hooks_counts_while_a_load_is_pending(engine: tuple[HookTim
     assert pending >= 5000
     worker.get_transfer_results(set())
     assert timers.take()["pending_load_us"] == 0
+
+
+def test_a_connector_that_nothing_is_known_of_is_timed_too() -> None:
+    scheduler, worker = SimpleNamespace(build_connector_meta=lambda output: "metadata"), WorkerConnector()
+    timers = HookTimers.install(scheduler, worker, Insides())
+    assert scheduler.build_connector_meta(step(1)) == "metadata"
+    worker.start_load_kv(None)
+    worker.get_transfer_results(set())
+    scheduler.build_connector_meta(step())
+    taken = timers.take()
+    assert [kind for kind, _, _ in taken["steps"]] == ["empty", "decode"]
+    assert {blocks for timed in taken["calls"].values() for _, _, blocks in timed} == {0}
+    assert taken["pending_load_us"] == 0

@@ -12,6 +12,7 @@ from typing import Any
 from kvoffload.bench.cpu_time import cpu_seconds
 from kvoffload.bench.engine_process import EngineOptions
 from kvoffload.bench.hook_timing import HookTimers
+from kvoffload.bench.insides import Insides, KVOffloadInsides
 from kvoffload.bench.memcpy import cold_memcpy_s
 from kvoffload.bench.remembered import remembered_match_us
 from kvoffload.errors import MisuseError, UnsupportedError
@@ -30,6 +31,12 @@ def transfer_config(options: EngineOptions) -> dict[str, Any] | None:
                 "kv_connector": "ExampleConnector",
                 "kv_role": "kv_both",
                 "kv_connector_extra_config": {"shared_storage_path": options.storage},
+            }
+        case "idle":
+            return {
+                "kv_connector": "IdleConnector",
+                "kv_connector_module_path": "kvoffload.bench.idle_connector",
+                "kv_role": "kv_both",
             }
         case "kvoffload":
             return {
@@ -59,6 +66,7 @@ class Engine:
             max_model_len=options.max_model_len,
             max_num_batched_tokens=options.max_model_len,
             max_num_seqs=options.max_num_seqs,
+            num_gpu_blocks_override=options.kv_blocks,
             enforce_eager=True,  # compiling takes longer than all that follows
             disable_log_stats=not options.count_tokens,
             kv_transfer_config=None if transfer is None else KVTransferConfig(**transfer),
@@ -102,26 +110,34 @@ class Engine:
         name = "vllm:prompt_tokens_cached_by_source"
         return {metric.labels["source"]: int(metric.value) for metric in self.llm.get_metrics() if metric.name == name}
 
+    def preemptions(self) -> int:
+        """Of requests, so far. Only with ``count_tokens``."""
+        if not self._options.count_tokens:
+            raise MisuseError("count_tokens first")
+        return sum(int(metric.value) for metric in self.llm.get_metrics() if metric.name == "vllm:num_preemptions")
+
     def reset(self) -> bool:
         """Empty vLLM's own prefix cache, and nothing else."""
         return bool(self.llm.reset_prefix_cache())
 
     # ------------------------------------------------------------ looking inside (one process only)
 
-    def _connector(self) -> Any:
-        if self._options.multiprocessing or self._options.connector != "kvoffload":
-            raise MisuseError("only in process, and only with kvoffload")
-        core: Any = self.llm.llm_engine.engine_core
-        connector = core.engine_core.scheduler.connector
-        if connector.scheduler_half is None or connector.off_reason is not None:
-            raise UnsupportedError(f"kvoffload is off: {connector.off_reason}")
-        return connector
-
-    def _worker_connector(self) -> Any:
+    def _connectors(self) -> tuple[Any, Any]:
+        """The scheduler's and the worker's, whosever they are."""
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
-        self._connector()
-        return get_kv_transfer_group()
+        if self._options.multiprocessing or self._options.connector == "none":
+            raise MisuseError("only in process, and only with a connector")
+        core: Any = self.llm.llm_engine.engine_core
+        return core.engine_core.scheduler.connector, get_kv_transfer_group()
+
+    def _ours(self) -> tuple[Any, Any]:
+        if self._options.connector != "kvoffload":
+            raise MisuseError("only with kvoffload")
+        scheduler, worker = self._connectors()
+        if scheduler.scheduler_half is None or scheduler.off_reason is not None:
+            raise UnsupportedError(f"kvoffload is off: {scheduler.off_reason}")
+        return scheduler, worker
 
     def flush(self) -> bool:
         """Wait until everything saved so far is in L1. Where the connector is in another process: a moment."""
@@ -130,7 +146,7 @@ class Engine:
         if self._options.multiprocessing:
             time.sleep(0.5)
             return True
-        return bool(self._connector().flush(10.0))
+        return bool(self._ours()[0].flush(10.0))
 
     def wait_populated(self, timeout_s: float = 60.0) -> dict[str, Any]:
         """Until all of L1 may be used; then its statistics."""
@@ -143,8 +159,8 @@ class Engine:
 
     def statistics(self) -> dict[str, Any]:
         """L1 as it is: slots, and running totals of blocks; ``refused`` by reason, from all places that refuse."""
-        half = self._connector().scheduler_half
-        worker = self._worker_connector().worker_half
+        scheduler_connector, worker_connector = self._ours()
+        half, worker = scheduler_connector.scheduler_half, worker_connector.worker_half
         l1 = half.host.hub.statistics()
         if l1 is None:
             raise UnsupportedError(f"kvoffload is off: {half.side.off_reason}")
@@ -180,7 +196,10 @@ class Engine:
 
     def time_hooks(self) -> None:
         """From now on every hook is timed."""
-        self._timers = HookTimers.install(self._connector(), self._worker_connector())
+        if self._options.connector == "kvoffload":
+            self._timers = HookTimers.install(*self._ours(), KVOffloadInsides(*self._ours()))
+        else:
+            self._timers = HookTimers.install(*self._connectors(), Insides())
 
     def hook_times(self) -> dict[str, Any]:
         """What was timed since the last time this was asked."""

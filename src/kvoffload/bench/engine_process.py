@@ -20,7 +20,7 @@ from typing import Any, Literal, Self
 
 from kvoffload.errors import MisuseError, PeerError
 
-Connector = Literal["none", "kvoffload", "example"]
+Connector = Literal["none", "kvoffload", "example", "idle"]
 
 CONNECTOR_OFF = "connector off"
 """What our log says when the engine runs without us."""
@@ -34,6 +34,7 @@ class EngineOptions:
     """One engine. ``multiprocessing`` is vLLM's default: scheduler and worker in processes of their own; else everything is in one.
 
     ``l1_bytes`` concerns kvoffload, ``storage`` (a directory) vLLM's ExampleConnector. ``count_tokens`` turns on vLLM's statistics.
+    ``kv_blocks`` makes the engine's cache smaller than ``kv_gib`` does.
     """
 
     model: str
@@ -45,6 +46,7 @@ class EngineOptions:
     max_model_len: int = 4608
     max_num_seqs: int = 16
     kv_gib: int = 1
+    kv_blocks: int | None = None
     count_tokens: bool = False
 
 

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
 
+from kvoffload.bench.insides import Insides
+
 SCHEDULER_HOOKS = (
     "on_new_request",
     "has_pending_block_frees",
@@ -29,6 +31,7 @@ WORKER_HOOKS = (
     "start_load_kv",
     "wait_for_layer_load",
     "save_kv_layer",
+    "finish_forward",
     "wait_for_save",
     "get_transfer_results",
     "get_finished",
@@ -65,8 +68,8 @@ class HookTimers:
     What timing a hook that does nothing takes is taken off every call: dozens of calls make up a step.
     """
 
-    def __init__(self, scheduler_side: Any) -> None:
-        self._side = scheduler_side
+    def __init__(self, insides: Insides) -> None:
+        self._insides = insides
         self._recorded = Recorded()
         self._step = Step()
         self._is_inside = False
@@ -85,15 +88,15 @@ class HookTimers:
         return own
 
     @classmethod
-    def install(cls, scheduler_connector: Any, worker_connector: Any) -> Self:
-        """Replace the hooks of both instances by timed ones, and the two waits as well."""
-        timers = cls(scheduler_connector.scheduler_half.side)
+    def install(cls, scheduler_connector: Any, worker_connector: Any, insides: Insides) -> Self:
+        """Replace the hooks of both instances by timed ones, and the named waits as well."""
+        timers = cls(insides)
         for connector, hooks in ((scheduler_connector, SCHEDULER_HOOKS), (worker_connector, WORKER_HOOKS)):
             for name in hooks:
                 hook = getattr(connector, name, None)
                 if hook is not None:
                     setattr(connector, name, timers.timed(name, hook))
-        for port in (scheduler_connector.scheduler_half.host.hub, worker_connector.worker_half.host.runtime):
+        for port in insides.ports:
             port.wait = timers.timed_wait(port.wait)
         return timers
 
@@ -145,10 +148,7 @@ class HookTimers:
         return timed
 
     def _blocks(self, args: tuple[Any, ...]) -> int:
-        """Blocks posted so far: all those offered for saving, and those of this request's chain once they were asked for."""
-        total: int = self._side.saver.offered_blocks
-        record = self._side.records.get(getattr(args[0], "request_id", None)) if args else None
-        return total + (record.sequence * len(record.chain.keys) if record is not None else 0)
+        return self._insides.posted_blocks(getattr(args[0], "request_id", None) if args else None)
 
     def _next_step(self, output: Any) -> None:
         self._recorded.steps.append(self._step)
@@ -174,6 +174,6 @@ class HookTimers:
                 started, in_hooks = self._load_begun
                 self._recorded.pending_load_us += ((now - started) - (self._in_hooks - in_hooks)) * 1e6
                 self._load_begun = None
-        elif self._load_begun is None and self._side.has_pending_loads:
+        elif self._load_begun is None and self._insides.has_pending_loads:
             # Its own time was counted as a hook's: from its end on.
             self._load_begun = (now, self._in_hooks)

@@ -18,33 +18,50 @@ STEP_TARGET_US = 40.0
 HOOK_TARGET_US = 300.0
 REMEMBERED_TARGET_US = 5.0
 
+DECODE_ROUNDS = 4
+"""Ours and the control in turn, so that a drift of the machine is in both."""
+
 
 def run(quick: bool = False) -> list[Figure]:
-    """A decode step's hooks together, the p99 of each hook in a mixed load, and a remembered answer."""
-    rounds = 1 if quick else 4
+    """A decode step's hooks together, ours and of a connector that does nothing, the p99 of each in a mixed load, a remembered answer."""
     with tempfile.TemporaryDirectory(prefix="kvoffload-bench-") as directory:
-        model = make_model(directory, TINY)
-        options = EngineOptions(str(model), dtype=TINY.dtype, max_model_len=2048, l1_bytes=256 << 20)
-        with EngineProcess(options) as engine:
-            engine.wait_ready()
-            engine.call("wait_populated")
-            engine.call("generate", prompts=unique_prompts(2, [500], seed=90), max_tokens=4)
-            engine.call("time_hooks")
-            decode = _decode(engine, tokens=40 if quick else 300)
-            mixed = [_mixed(engine, seed) for seed in range(rounds)]
-            remembered = engine.call("remembered_match", rounds=3 if quick else 21)
+        model = str(make_model(directory, TINY))
+        ours_options, idle_options = (
+            EngineOptions(model, connector, dtype=TINY.dtype, max_model_len=2048, l1_bytes=256 << 20) for connector in ("kvoffload", "idle")
+        )
+        with EngineProcess(ours_options) as ours, EngineProcess(idle_options) as idle:
+            for engine in (ours, idle):
+                engine.wait_ready()
+                engine.call("generate", prompts=unique_prompts(2, [500], seed=90), max_tokens=4)
+                engine.call("time_hooks")
+            ours.call("wait_populated")
+            decoded: dict[str, list[dict[str, Any]]] = {"kvoffload": [], "idle": []}
+            for seed in range(1 if quick else DECODE_ROUNDS):
+                for engine in (ours, idle):
+                    decoded[engine.options.connector].append(_decode(engine, seed, tokens=40 if quick else 300))
+            mixed = [_mixed(ours, seed) for seed in range(1 if quick else 4)]
+            remembered = ours.call("remembered_match", rounds=3 if quick else 21)
     calls: dict[str, list[Sequence[float]]] = {}
-    for taken in [decode, *mixed]:
+    for taken in [*decoded["kvoffload"], *mixed]:
         for name, timed in taken["calls"].items():
             calls.setdefault(name, []).extend(timed)
-    return [_decode_figure(decode["steps"]), *_hook_figures(calls), _wait_figure(calls), _remembered_figure(remembered)]
+    figures = _decode_figures(_decode_steps(decoded["kvoffload"]), _decode_steps(decoded["idle"]))
+    return [*figures, *_hook_figures(calls), _wait_figure(calls), _remembered_figure(remembered)]
 
 
-def _decode(engine: EngineProcess, tokens: int) -> dict[str, Any]:
+def _decode(engine: EngineProcess, seed: int, tokens: int) -> dict[str, Any]:
     """Eight requests decode, their blocks are saved as they fill."""
-    engine.call("generate", prompts=unique_prompts(8, [200], seed=91), max_tokens=tokens)
+    engine.call("generate", prompts=unique_prompts(8, [200], seed=300 + seed), max_tokens=tokens)
     taken: dict[str, Any] = engine.call("hook_times")
     return taken
+
+
+def _decode_steps(rounds: Sequence[dict[str, Any]]) -> list[float]:
+    """Microseconds of the hooks of each decode step."""
+    times = [us for taken in rounds for kind, us, _ in taken["steps"] if kind == "decode"]
+    if not times:
+        raise PeerError("no decode step was seen")
+    return times
 
 
 def _mixed(engine: EngineProcess, seed: int) -> dict[str, Any]:
@@ -62,13 +79,20 @@ def _mixed(engine: EngineProcess, seed: int) -> dict[str, Any]:
     return taken
 
 
-def _decode_figure(steps: Sequence[tuple[str, float, float]]) -> Figure:
-    times = [us for kind, us, _ in steps if kind == "decode"]
-    if not times:
-        raise PeerError("no decode step was seen")
-    median = statistics.median(times)
-    detail = f"median of {len(times)} steps of 8 requests; p99 {quantile(times, 0.99):.0f} us"
-    return Figure("hooks: all of a decode step", median, "us", f"<= {STEP_TARGET_US:.0f}", median <= STEP_TARGET_US, detail)
+def _decode_figures(ours: Sequence[float], idle: Sequence[float]) -> list[Figure]:
+    name = "hooks: all of a decode step"
+    median, idle_median = statistics.median(ours), statistics.median(idle)
+    detail = (
+        f"{_step_words(ours)}; {idle_median:.0f} us of it, {100 * idle_median / median:.0f} %, is what a connector that does nothing costs"
+    )
+    return [
+        Figure(name, median, "us", f"<= {STEP_TARGET_US:.0f}", median <= STEP_TARGET_US, detail),
+        Figure(f"{name}, a connector that does nothing", idle_median, "us", "no target", True, f"{_step_words(idle)}, in turn with ours"),
+    ]
+
+
+def _step_words(times: Sequence[float]) -> str:
+    return f"median of {len(times)} steps of 8 requests; p99 {quantile(times, 0.99):.0f} us"
 
 
 def _hook_figures(calls: dict[str, list[Sequence[float]]]) -> list[Figure]:

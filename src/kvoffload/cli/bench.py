@@ -12,7 +12,7 @@ from kvoffload.bench.figures import Figure
 from kvoffload.cli.progress import Progress
 from kvoffload.errors import KVOffloadError, UnsupportedError
 
-NAME_WIDTH = 52
+NAME_WIDTH = 60
 
 
 Runner = Callable[[bool], list[Figure]]
