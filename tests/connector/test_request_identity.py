@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 import timeit
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.connector.engines import make_request
 
-from kvoffload.connector.request_identity import NOTHING, UNIDENTIFIED, RequestIdentity, field
+from kvoffload.connector import weights
+from kvoffload.connector.request_identity import NOTHING, RECENT_S, UNIDENTIFIED, RequestIdentity, field
 from kvoffload.keys import KeyChain
 
 pytest.importorskip("vllm")
@@ -17,6 +22,52 @@ pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.timeout(120)]
 
 TOKENS = list(range(100, 164))
 BLOCK = 16
+
+
+PATIENCE_S = 20.0
+"""What must come is waited for that long; only a failing test does."""
+
+
+class Files:
+    """Adapter files that can hang as a network file system does: `hold()` to `release()`. Notes who asked, and how often."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self.threads: set[int] = set()
+        self.begun = threading.Semaphore(0)
+        self._goes_on = threading.Event()
+        self._goes_on.set()
+
+    def hold(self) -> None:
+        self._goes_on.clear()
+
+    def release(self) -> None:
+        self._goes_on.set()
+
+    def signature(self, directory: Path) -> weights.Signature:
+        self.threads.add(threading.get_ident())
+        self.asked.append(len(self.asked))
+        found = weights.signature(directory)
+        self.begun.release()
+        assert self._goes_on.wait(PATIENCE_S)
+        return found
+
+    def digest_whole(self, directory: Path) -> str:
+        self.threads.add(threading.get_ident())
+        assert self._goes_on.wait(PATIENCE_S)
+        return weights.digest_whole(directory)
+
+
+def _patient(files: Files | None = None) -> RequestIdentity:
+    """However busy the machine, a check is waited for."""
+    return RequestIdentity(wait_s=PATIENCE_S) if files is None else RequestIdentity(files, PATIENCE_S)
+
+
+def _until(condition: Callable[[], object]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.001)
 
 
 def _keys(request: Any, identity: RequestIdentity | None = None) -> list[bytes]:
@@ -147,7 +198,7 @@ def test_adapters_are_told_apart_by_their_files(tmp_path: Path) -> None:
     b = make_request(TOKENS, lora_request=_lora(_adapter(tmp_path / "b", b"WEIGHTS"), 2))
     copy_of_a = make_request(TOKENS, lora_request=_lora(_adapter(tmp_path / "c"), 3, "another name"))
     other_format = make_request(TOKENS, lora_request=_lora(_adapter(tmp_path / "d"), 4, is_3d_lora_weight=True))
-    identity = _settled(RequestIdentity(), a, b, copy_of_a, other_format)
+    identity = _settled(_patient(), a, b, copy_of_a, other_format)
     plain = _keys(make_request(TOKENS), identity)
     assert len(_keys(a, identity)) == len(plain) == 4
     assert _keys(a, identity) == _keys(copy_of_a, identity)
@@ -158,17 +209,34 @@ def test_adapters_are_told_apart_by_their_files(tmp_path: Path) -> None:
 
 def test_no_keys_before_the_adapter_is_read(tmp_path: Path) -> None:
     request = make_request(TOKENS, lora_request=_lora(_adapter(tmp_path / "a")))
-    identity = RequestIdentity()
-    first = identity.extras(request)
-    assert first is UNIDENTIFIED or callable(first)
+    identity = _patient()
+    assert identity.extras(request) is UNIDENTIFIED
     assert _settled(identity, request).extras(request) is not UNIDENTIFIED
 
 
-@pytest.mark.parametrize("change", ["in place", "path", "files", "removed", "no directory"])
+def _change(directory: Path, change: str) -> None:
+    file = directory / "adapter_model.safetensors"
+    before = file.stat()
+    match change:
+        case "files":
+            file.write_bytes(b"other weights")
+        case "bytes in place":
+            file.write_bytes(b"WEIGHTS")
+            os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+            assert (before.st_ino, before.st_size, before.st_mtime_ns) == (file.stat().st_ino, file.stat().st_size, file.stat().st_mtime_ns)
+        case "removed":
+            file.unlink()
+        case "directory removed":
+            directory.rename(directory.parent / "away")
+        case _:
+            raise AssertionError(change)
+
+
+@pytest.mark.parametrize("change", ["in place", "path", "files", "bytes in place", "removed", "directory removed"])
 def test_doubt_about_an_adapter_is_for_good(tmp_path: Path, change: str) -> None:
     directory = _adapter(tmp_path / "a")
     request = make_request(TOKENS, lora_request=_lora(directory))
-    identity = _settled(RequestIdentity(), request)
+    identity = _settled(_patient(), request)
     alive = identity.extras(request)
     assert callable(alive)
     assert alive(0, BLOCK)
@@ -176,18 +244,114 @@ def test_doubt_about_an_adapter_is_for_good(tmp_path: Path, change: str) -> None
         identity.extras(make_request(TOKENS, lora_request=_lora(directory, load_inplace=True)))
     elif change == "path":
         identity.extras(make_request(TOKENS, lora_request=_lora(_adapter(tmp_path / "b", b"else"))))
-    elif change == "files":
-        (directory / "adapter_model.safetensors").write_bytes(b"other weights")
-    elif change == "removed":
-        (directory / "adapter_model.safetensors").unlink()
     else:
-        request = make_request(TOKENS, lora_request=_lora("some/repository", 9))
-        alive = identity.extras(request)
-        assert alive is UNIDENTIFIED
+        _change(directory, change)
     assert identity.extras(request) is UNIDENTIFIED
-    assert callable(alive)
     assert alive(BLOCK, 2 * BLOCK) is None  # of the requests that are running too
+    if change == "directory removed":
+        (tmp_path / "away").rename(directory)
     assert _keys(request, identity) == []
+
+
+@pytest.mark.parametrize("what", ["a repository", "a file", "an absurd name"])
+def test_adapters_that_are_no_directory(tmp_path: Path, what: str) -> None:
+    (tmp_path / "file").touch()
+    path: Path | str = {"a repository": "some/repository", "a file": str(tmp_path / "file"), "an absurd name": "nul\0"}[what]
+    request = make_request(TOKENS, lora_request=_lora(path))
+    identity = _settled(_patient(), request)
+    assert _keys(request, identity) == []
+    if what != "an absurd name":
+        assert identity.unidentified["an adapter that is no local directory"] == 1
+
+
+def test_no_file_is_touched_on_the_callers_thread(tmp_path: Path) -> None:
+    files = Files()
+    identity = _patient(files)
+    request = make_request(TOKENS, lora_request=_lora(_adapter(tmp_path / "a")))
+    assert len(_keys(request, _settled(identity, request))) == 4
+    assert files.threads
+    assert threading.get_ident() not in files.threads
+
+
+def _asked_in_s(identity: RequestIdentity, request: Any) -> float:
+    begun = time.monotonic()
+    assert identity.extras(request) is UNIDENTIFIED
+    return time.monotonic() - begun
+
+
+def test_nobody_waits_for_a_file_system_that_hangs_from_the_start(tmp_path: Path) -> None:
+    files = Files()
+    files.hold()
+    identity = RequestIdentity(files)
+    request = make_request(TOKENS, lora_request=_lora(_adapter(tmp_path / "a")))
+    asked = sorted(_asked_in_s(identity, request) for _ in range(200))
+    assert asked[100] < 0.001
+    assert asked[-1] < 0.5  # others want the processor too
+    assert len(files.threads) <= 1
+    assert identity.unidentified == {"an adapter whose files are being read": 200}
+    files.release()
+    assert identity.wait(PATIENCE_S)
+    _until(lambda: identity.extras(request) is not UNIDENTIFIED)
+
+
+def test_nobody_waits_for_a_file_system_that_hangs_later(tmp_path: Path) -> None:
+    files = Files()
+    identity = RequestIdentity(files)
+    request = make_request(TOKENS, lora_request=_lora(_adapter(tmp_path / "a")))
+    _settled(identity, request)
+    running = identity.extras(request)
+    while running is UNIDENTIFIED:
+        running = identity.extras(request)
+    files.hold()
+    asked = [_asked_in_s(identity, request) for _ in range(200)]
+    assert asked[0] < 0.5  # 2 ms, and what others take
+    assert sorted(asked)[100] < 0.001  # the second one does not even wait for those
+    assert threading.active_count() < 20
+    assert identity.unidentified["an adapter whose files were not checked in time"] >= 200
+    assert callable(running)
+    assert running(BLOCK, 2 * BLOCK) is not None  # there is no doubt, only no proof for anything new
+    files.release()
+    _until(lambda: identity.extras(request) is not UNIDENTIFIED)
+
+
+def test_a_check_that_began_before_a_request_proves_nothing_for_it(tmp_path: Path) -> None:
+    """It may have looked before the change."""
+    files = Files()
+    directory = _adapter(tmp_path / "a")
+    request = make_request(TOKENS, lora_request=_lora(directory))
+    identity = _settled(_patient(files), request)
+    while files.begun.acquire(blocking=False):
+        pass
+    files.hold()
+    answers: list[Any] = []
+    first = threading.Thread(target=lambda: answers.append(identity.extras(request)))
+    first.start()
+    assert files.begun.acquire(timeout=PATIENCE_S)  # it has the signature
+    _change(directory, "files")
+    [adapter] = identity._adapters.values()
+    wanted = adapter._wanted
+    second = threading.Thread(target=lambda: answers.append(identity.extras(request)))
+    second.start()
+    _until(lambda: adapter._wanted > wanted)
+    files.release()
+    first.join(PATIENCE_S)
+    second.join(PATIENCE_S)
+    assert len(answers) == 2
+    assert UNIDENTIFIED in answers
+    assert identity.extras(request) is UNIDENTIFIED
+
+
+def test_a_request_that_waited_long_is_checked_again(tmp_path: Path) -> None:
+    """The engine may load the adapter only now."""
+    directory = _adapter(tmp_path / "a")
+    request = make_request(TOKENS, lora_request=_lora(directory))
+    identity = _settled(_patient(), request)
+    queued = identity.extras(request)
+    assert callable(queued)
+    [adapter] = identity._adapters.values()
+    _change(directory, "files")
+    adapter._unchanged -= 2 * RECENT_S
+    assert queued(0, BLOCK) is None
 
 
 def test_fields_in_a_row_cannot_be_confused() -> None:

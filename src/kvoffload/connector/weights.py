@@ -64,14 +64,20 @@ def digest_whole(directory: Path) -> str:
     return digest.hexdigest()
 
 
-def signature(directory: Path) -> tuple[tuple[str, int, int, int], ...]:
-    """Name, inode, size and modification time (ns) of each file right in ``directory``: changes when they do. Raises OSError."""
+Signature = tuple[tuple[str, int, int, int, int], ...]
+
+
+def signature(directory: Path) -> Signature:
+    """Name, inode, size, and times of modification and of change (ns) of each file right in ``directory``. Raises OSError.
+
+    It changes when they do: a file written over by one of the same size and modification time still has another time of change.
+    """
     found = []
     with os.scandir(directory) as entries:
         for entry in entries:
             if entry.is_file():
                 stat = entry.stat()
-                found.append((entry.name, stat.st_ino, stat.st_size, stat.st_mtime_ns))
+                found.append((entry.name, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns))
     return tuple(sorted(found))
 
 
