@@ -85,6 +85,8 @@ class WorkerRuntime:
         self._on_load_ended = on_load_ended or self._inbox.put
         self._to_hub: Callable[[FromRank], None] | None = None
         self._grown: SegmentGrown | None = None
+        self._is_started = False
+        self._populates = False
         self._lock = threading.Lock()
         sender: Sender[ToGpuCopy | CopyFact]
         receiver: Receiver[ToGpuCopy | CopyFact]
@@ -104,13 +106,14 @@ class WorkerRuntime:
     # ------------------------------------------------------------ life
 
     def start(self) -> None:
-        """Make the first slots usable, and start the threads: copies, and the population of the rest. Raises CapacityError."""
+        """Make the first slots usable, and start the threads. The rest of the slots follow once the hub is there. Raises CapacityError."""
         segment = self.rank.segment
         while not segment.populate_next():
             pass
         self._segment_grown(segment.populated_slots)
         self.hands.start()
-        self._populator.start()
+        self._is_started = True
+        self._populate_rest()
 
     async def run(self) -> None:
         """The actor, supervised: one crash ends it, and with it the connector."""
@@ -123,10 +126,19 @@ class WorkerRuntime:
         with self._lock:
             self._to_hub = to_hub
             grown = self._grown
+        self._populate_rest()
         if grown is not None:
             to_hub(grown)
         if self.off_reason is not None:
             to_hub(ConnectorOff(self.off_reason))
+
+    def _populate_rest(self) -> None:
+        """Only for a hub: a scheduler's half that is off cannot tell this one, which would take all of its memory for nothing."""
+        with self._lock:
+            if self._populates or not self._is_started or self._to_hub is None or self.off_reason is not None:
+                return
+            self._populates = True
+        self._populator.start()
 
     def turn_off(self, reason: str, *, quiet: bool = False) -> None:
         """Save nothing more, start no load that has not started; running copies end. The hub is told. From any thread."""
