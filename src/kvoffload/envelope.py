@@ -73,7 +73,7 @@ class Part(NamedTuple):
 
 
 class _Hash(Protocol):
-    def update(self, data: NDArray[np.uint8] | bytes, /) -> object: ...
+    def update(self, data: memoryview | bytes, /) -> object: ...
     def digest(self) -> bytes: ...
 
 
@@ -108,7 +108,7 @@ class Envelope:
         """Bytes of a value: what goes over the wire."""
         self._namespace = namespace[:NAMESPACE_BYTES]
         self._flags = 0 if secret is None else KEYED
-        self._new_hash: Callable[[], _Hash] = xxhash.xxh3_128 if secret is None else _keyed(secret, namespace).copy
+        self._new_hash: Callable[[], _Hash] = _keyed(secret, namespace).copy if secret is not None else xxhash.xxh3_128
 
     @property
     def is_keyed(self) -> bool:
@@ -151,7 +151,7 @@ class Envelope:
         tag = self._new_hash()
         tag.update(head)
         # update, not a function of one call: xxhash before 4.1 holds the interpreter lock in those.
-        tag.update(slot[HEADER_BYTES : self.value_bytes])
+        tag.update(slot[HEADER_BYTES : self.value_bytes].data)
         return tag.digest()
 
     def _difference(self, head: bytes, key: BlockKey, rank: int) -> Fault:
