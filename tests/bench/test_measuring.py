@@ -10,7 +10,7 @@ import pytest
 
 from kvoffload.bench.cpu_time import cpu_seconds, thread_seconds
 from kvoffload.bench.engine_process import EngineOptions, engine_environment
-from kvoffload.bench.measuring import bootstrap_interval, quantile, unique_prompts
+from kvoffload.bench.measuring import cluster_interval, quantile, unique_prompts
 from kvoffload.errors import MisuseError
 
 
@@ -24,13 +24,25 @@ def test_a_quantile_of_nothing_is_misuse() -> None:
         quantile([], 0.5)
 
 
+def spread(middle: float, step: float) -> list[float]:
+    return [middle + step * index for index in range(-10, 11)]
+
+
 def test_the_interval_holds_the_median_and_widens_with_the_spread() -> None:
-    narrow = bootstrap_interval([1.0 + index / 1000 for index in range(-10, 11)])
-    wide = bootstrap_interval([1.0 + index / 10 for index in range(-10, 11)])
+    narrow = cluster_interval([spread(1.0, 0.001)] * 4)
+    wide = cluster_interval([spread(1.0, 0.1)] * 4)
     assert narrow[0] < 1.0 < narrow[1]
     assert wide[0] < narrow[0]
     assert narrow[1] < wide[1]
-    assert bootstrap_interval([0.98] * 20) == (0.98, 0.98)
+    assert cluster_interval([[0.98] * 5] * 4) == (0.98, 0.98)
+
+
+def test_more_values_of_the_same_groups_do_not_narrow_what_the_groups_differ_by() -> None:
+    middles = (0.95, 0.99, 1.01, 1.05)
+    few, many = (cluster_interval([[middle] * count for middle in middles]) for count in (5, 50))
+    assert few == many
+    assert few[0] < 0.97
+    assert few[1] > 1.03
 
 
 def test_prompts_share_no_beginning_and_repeat_by_seed() -> None:

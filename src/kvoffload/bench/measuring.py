@@ -24,9 +24,16 @@ def quantile(values: Sequence[float], share: float) -> float:
     return ordered[max(0, math.ceil(share * len(ordered)) - 1)]
 
 
-def bootstrap_interval(values: Sequence[float], *, resamples: int = 5000, seed: int = 1) -> tuple[float, float]:
-    """The 95 % percentile interval of the median of ``values``, by resampling them."""
+def cluster_interval(groups: Sequence[Sequence[float]], *, resamples: int = 5000, seed: int = 1) -> tuple[float, float]:
+    """The 95 % percentile interval of the median of all values, where those of one group have more in common than chance.
+
+    Groups are resampled, and values within each: what the groups differ by widens it, however many values each of them has.
+    """
     chooser = random.Random(seed)
-    medians = sorted(statistics.median(chooser.choices(values, k=len(values))) for _ in range(resamples))
+    medians = []
+    for _ in range(resamples):
+        drawn = chooser.choices(groups, k=len(groups))
+        medians.append(statistics.median([value for group in drawn for value in chooser.choices(group, k=len(group))]))
+    medians.sort()
     edge = 0.025
     return medians[int(edge * resamples)], medians[min(resamples - 1, int((1 - edge) * resamples))]
