@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from kvoffload.bench import engine, hooks, ttft
+from kvoffload.bench import engine, hooks, saves, ttft
 from kvoffload.bench.engine_process import EngineOptions, EngineProcess
 from kvoffload.bench.figures import Figure
 from kvoffload.errors import PeerError
@@ -21,7 +21,13 @@ def check(figures: list[Figure], *prefixes: str) -> None:
 
 
 def test_hooks() -> None:
-    check(hooks.run(quick=True), "hooks: all of a decode step", "hooks: p99 of", "hooks: a remembered match")
+    check(
+        hooks.run(quick=True),
+        "hooks: all of a decode step",
+        "hooks: all of a decode step, a connector",
+        "hooks: p99 of",
+        "hooks: a remembered match",
+    )
 
 
 def test_ttft() -> None:
@@ -30,6 +36,12 @@ def test_ttft() -> None:
 
 def test_engine() -> None:
     check(engine.run(quick=True), "engine: throughput", "engine: CPU time")
+
+
+def test_saves() -> None:
+    figures = saves.run(quick=True)
+    check(figures, "saves kept, one process", "saves kept, several processes")
+    assert all(0 < figure.value <= 100 for figure in figures)
 
 
 def test_an_engine_that_does_not_start_says_why() -> None:

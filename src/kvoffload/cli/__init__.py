@@ -10,7 +10,7 @@ import kvoffload
 
 __all__ = ["main"]
 
-BENCHES = ("copy", "index", "keys", "hooks", "ttft", "engine")
+BENCHES = ("copy", "index", "keys", "hooks", "ttft", "engine", "saves")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--verbose", action="store_true", help="show vLLM's own log")
 
     bench = commands.add_parser("bench", help="measure what kvoffload promises")
-    bench.add_argument("figure", choices=(*BENCHES, "all"), help="what to measure; hooks, ttft and engine run real vLLM")
+    bench.add_argument("figure", choices=(*BENCHES, "all"), help="what to measure; hooks, ttft, engine and saves run real vLLM")
     bench.add_argument("--json", action="store_true", help="one JSON object per figure and line")
     bench.add_argument("--quick", action="store_true", help="seconds instead of minutes: to see that it runs, not for figures")
     bench.add_argument("--strict", action="store_true", help="exit with 1 when a figure falls short")
