@@ -1,0 +1,55 @@
+"""The real server as fixtures. A conftest that wants them says `from tests.infinistore.fixtures import *`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from tests.infinistore.environment import Environment, NotRun, prepare
+from tests.infinistore.server import InfiniStoreServer
+
+__all__ = ["infinistore_environment", "infinistore_prepared", "infinistore_server", "infinistore_session", "infinistore_shared"]
+
+
+@pytest.fixture(scope="session")
+def infinistore_prepared() -> Environment | NotRun:
+    try:
+        return prepare()
+    except NotRun as reason:
+        return reason
+
+
+@pytest.fixture
+def infinistore_environment(infinistore_prepared: Environment | NotRun) -> Environment:
+    """The server's Python, with the native client in it, and the stand-in to preload. Skips where there is none."""
+    if isinstance(infinistore_prepared, NotRun):
+        pytest.skip(f"InfiniStore server not run: {infinistore_prepared}")
+    return infinistore_prepared
+
+
+@pytest.fixture(scope="session")
+def infinistore_session(infinistore_prepared: Environment | NotRun) -> Iterator[InfiniStoreServer | None]:
+    if isinstance(infinistore_prepared, NotRun):
+        yield None
+        return
+    with InfiniStoreServer(infinistore_prepared) as server:
+        yield server
+
+
+@pytest.fixture
+def infinistore_shared(infinistore_session: InfiniStoreServer | None, infinistore_environment: Environment) -> Iterator[InfiniStoreServer]:
+    """One server for the whole session, emptied before each test; not to be killed or frozen."""
+    assert infinistore_session is not None
+    if not infinistore_session.is_alive:  # the test that ended it has failed already
+        infinistore_session.restart(same_port=False)
+    infinistore_session.purge()
+    yield infinistore_session
+    infinistore_session.check()
+
+
+@pytest.fixture
+def infinistore_server(infinistore_environment: Environment) -> Iterator[InfiniStoreServer]:
+    """A server of the test's own, which must outlive the test unless the test itself ended it."""
+    with InfiniStoreServer(infinistore_environment) as server:
+        yield server
+        server.check()

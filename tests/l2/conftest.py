@@ -1,0 +1,3 @@
+"""What several tests of the second tier need: the real InfiniStore server."""
+
+from tests.infinistore.fixtures import *  # noqa: F403
