@@ -138,7 +138,7 @@ def test_everything_wrong_is_said_at_once() -> None:
         ({"l1.capacity_bytes": 4.5}, "l1.capacity_bytes = 4.5 (from"),
         ({"l1.capacity_bytes": True}, "must be a number, not true or false"),
         ({"l1.policy": "fifo"}, "must be 's3fifo' or 'lru'"),
-        ({"l1": 4}, "l1 = 4 (from kv_connector_extra_config): must be a mapping of settings, such as l1.capacity_gb"),
+        ({"l1": 4}, "l1 = 4 (from kv_connector_extra_config): must be a mapping of settings, such as l1.enabled"),
         ({"match.deadline_ms": -1}, "must be greater than or equal to 0; it is: after this long a request is computed"),
         ({"match.deadline_ms": float("nan")}, "must be a finite number"),
         ({"match.wait_idle_ms": 1000}, "must be less than or equal to 100"),
@@ -193,13 +193,56 @@ def test_settings_are_frozen() -> None:
 
 def test_every_setting_is_described_and_its_variable_sets_it() -> None:
     settings = {setting.name: setting for setting in describe()}
-    assert len(settings) == len({setting.variable for setting in describe()}) == 18
+    assert len(settings) == len({setting.variable for setting in describe()}) == 43
     assert settings["l1.policy"].type == "s3fifo | lru"
     assert settings["model.version"].type == "str | null"
     assert (settings["l1.capacity_gb"].type, settings["l1.capacity_gb"].default) == ("float", 4.0)
+    assert (settings["l2.nodes"].type, settings["l2.membership.url"].variable) == ("list of str", "KVOFFLOAD_L2_MEMBERSHIP_URL")
     assert settings["enabled"].variable == "KVOFFLOAD_DISABLED"
     for setting in describe():
         assert setting.description
         if setting.name != "enabled" and setting.default is not None:
             text = str(setting.default)
             assert Config.load({}, {setting.variable: text}) == Config(), setting.name
+
+
+# ------------------------------------------------------------ the second tier
+
+
+def test_a_list_comes_from_a_variable_with_commas() -> None:
+    assert load({}, L2_BACKEND="infinistore", L2_NODES=" 10.0.0.1:12345, b:2 ,").l2.nodes == ("10.0.0.1:12345", "b:2")
+    assert load({"l2": {"backend": "redis", "nodes": ["redis://a:1"]}}).l2.nodes == ("redis://a:1",)
+
+
+def test_sections_within_sections_have_dotted_names_too() -> None:
+    for extra in ({"l2": {"membership": {"url": "redis://a", "key": "k"}}}, {"l2.membership": {"url": "redis://a", "key": "k"}}):
+        membership = load(extra).l2.membership
+        assert membership.url is not None
+        assert (membership.url.get_secret_value(), membership.key) == ("redis://a", "k")
+    (problem,) = problems({"l2.membership.ulr": "redis://a"})
+    assert problem.endswith("there is no such setting; did you mean l2.membership.url?")
+
+
+def test_a_second_tier_needs_nodes() -> None:
+    assert problems({"l2.backend": "redis"}) == [
+        "l2.backend is redis, but neither l2.nodes nor l2.membership.url says where its nodes are"
+    ]
+
+
+def test_without_any_tier_there_is_nowhere_to_keep_blocks() -> None:
+    (problem,) = problems({"l1.enabled": False})
+    assert "l2.backend is off" in problem
+
+
+def test_secrets_are_neither_shown_nor_said() -> None:
+    config = load({"l2.secret": "sixteen letters!", "l2.membership.url": "redis://:hunter2@a"})
+    assert "sixteen" not in repr(config)
+    assert "hunter2" not in repr(config)
+    for text in (problems({"l2.secret": "too short"}), problems({"l2.membership.url": "http://:hunter2@a"})):
+        assert "too short" not in str(text)
+        assert "hunter2" not in str(text)
+
+
+def test_what_is_wrong_within_a_list_names_the_setting() -> None:
+    (problem,) = problems({"l2.nodes": [7]})
+    assert problem.startswith("l2.nodes = [7] (from kv_connector_extra_config): ")

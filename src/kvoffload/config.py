@@ -16,11 +16,12 @@ from __future__ import annotations
 import difflib
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, Self, get_args
+from typing import Annotated, Any, Literal, Self, get_args, get_origin
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from kvoffload.errors import ConfigError
@@ -47,6 +48,27 @@ def _http(value: str) -> str:
     return value
 
 
+def _listed(value: object) -> object:
+    """A list, from the variables too: ``a, b``."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _redis(value: str) -> str:
+    if not value.startswith(("redis://", "rediss://", "unix://")):
+        raise ValueError("must start with redis://, rediss:// or unix://")
+    return value
+
+
+def _plain_name(value: str) -> str:
+    if not _NAME.fullmatch(value):
+        raise ValueError("must be letters, digits, dots, underscores and dashes, at most 64 of them")
+    return value
+
+
+_NAME = re.compile(r"[A-Za-z0-9._-]{0,64}")
+Names = Annotated[tuple[str, ...], BeforeValidator(_listed)]
 Int = Annotated[int, BeforeValidator(_no_bool)]
 Float = Annotated[float, BeforeValidator(_no_bool)]
 
@@ -58,6 +80,9 @@ class _Section(BaseModel):
 class L1Settings(_Section):
     """Host memory. Sources may say ``capacity_gb`` (GiB, fractions too) instead of ``capacity_bytes``."""
 
+    enabled: bool = Field(
+        default=True, description="false: blocks live on the nodes of L2 alone, and the capacity is for those on their way"
+    )
     capacity_bytes: Int = Field(
         default=4 * GIB, gt=0, le=1 << 50, description="bytes of host memory for blocks, of the whole engine, shared out over ranks"
     )
@@ -90,6 +115,61 @@ class SaveSettings(_Section):
     enabled: bool = Field(default=True, description="false: L1 is read, never written")
     max_jobs: Int = Field(default=256, ge=1, le=65_536, description="saves that wait or run, one per step; beyond it they are dropped")
     pair_timeout_s: Float = Field(default=60.0, gt=0, le=600, description="a save whose step or whose slots do not come by then is dropped")
+
+
+class MembershipSettings(_Section):
+    """The table of nodes that Redis keeps, as AIBrix writes it (`kvoffload members`); without a URL ``l2.nodes`` is the table."""
+
+    url: Annotated[SecretStr | None, BeforeValidator(_redis)] = Field(
+        default=None, description="redis:// or rediss:// URL of the Redis with the table, password included"
+    )
+    key: str = Field(default="kvcache_nodes", min_length=1, description="the Redis key of the table")
+    poll_s: Float = Field(default=5.0, gt=0, le=3600, description="time between two looks at the table; sooner when a node is in trouble")
+    timeout_ms: Float = Field(default=2000.0, gt=0, le=60_000, description="for connecting to that Redis, and for each answer of it")
+
+
+class L2Settings(_Section):
+    """Blocks on nodes that engines share."""
+
+    backend: Annotated[Literal["off", "infinistore", "redis"], BeforeValidator(_lower)] = Field(
+        default="off", description="what serves the nodes; redis stands for Valkey too"
+    )
+    nodes: Names = Field(default=(), description="host:port of each InfiniStore node, or redis:// URLs; not needed with l2.membership.url")
+    namespace: Annotated[str, AfterValidator(_plain_name)] = Field(
+        default="", description="goes into every name on the nodes: deployments that share nodes share blocks only within one"
+    )
+    secret: SecretStr | None = Field(
+        default=None, min_length=16, description="seals blocks against forgery; the same in all engines that share blocks"
+    )
+    ingestion: Annotated[Literal["all", "hot", "evicted"], BeforeValidator(_lower)] = Field(
+        default="all", description="what is written: every block, those that were hit, or those that are about to leave L1"
+    )
+    min_tokens: Int = Field(default=256, ge=0, le=1 << 30, description="fewer tokens than this are computed, not looked for on nodes")
+    load_or_compute: bool = Field(default=True, description="false: whatever nodes have is loaded, even where computing looks faster")
+    deadline_base_ms: Float = Field(default=50.0, ge=0, le=60_000, description="a request waits for nodes so long,")
+    deadline_per_1000_tokens_ms: Float = Field(default=20.0, ge=0, le=60_000, description="plus so much per thousand tokens asked for,")
+    deadline_most_ms: Float = Field(default=1000.0, ge=0, le=600_000, description="and never longer than this")
+    retry_after_s: Float = Field(default=10.0, ge=0, le=3600, description="a block that failed to come is not asked for again for so long")
+    connections: Int = Field(default=4, ge=1, le=64, description="connections to each node, one transfer at a time on each")
+    connect_timeout_ms: Float = Field(default=1000.0, gt=0, le=60_000, description="for connecting to a node")
+    write_timeout_ms: Float = Field(default=5000.0, gt=0, le=600_000, description="for one batch of writes")
+    inflight_bytes: Int = Field(
+        default=256 << 20, ge=1 << 20, le=1 << 40, description="bytes under way to or from a node at once, each way"
+    )
+    write_queue_blocks: Int = Field(default=4096, ge=1, le=1 << 20, description="blocks that may wait to be written to a node; more are dropped")
+    transport: Annotated[Literal["tcp", "rdma"], BeforeValidator(_lower)] = Field(
+        default="tcp", description="of InfiniStore; rdma has not met hardware yet"
+    )
+    devices: Names = Field(default=(), description="RDMA devices, with a GID index where one is needed: mlx5_0, mlx5_1:7")
+    link_type: Literal["Ethernet", "IB"] = Field(default="Ethernet", description="of the RDMA devices: RoCE or InfiniBand")
+    ib_port: Int = Field(default=1, ge=1, le=255, description="port of the RDMA devices")
+    membership: MembershipSettings = MembershipSettings()
+
+    @model_validator(mode="after")
+    def _has_nodes(self) -> Self:
+        if self.backend != "off" and not self.nodes and self.membership.url is None:
+            raise ValueError(f"l2.backend is {self.backend}, but neither l2.nodes nor l2.membership.url says where its nodes are")
+        return self
 
 
 class ModelSettings(_Section):
@@ -127,9 +207,16 @@ class Config(_Section):
     match: MatchSettings = MatchSettings()
     loads: LoadSettings = Field(default=LoadSettings(), alias="load")
     save: SaveSettings = SaveSettings()
+    l2: L2Settings = L2Settings()
     model: ModelSettings = ModelSettings()
     log: LogSettings = LogSettings()
     profiling: ProfilingSettings = ProfilingSettings()
+
+    @model_validator(mode="after")
+    def _has_a_tier(self) -> Self:
+        if not self.l1.enabled and self.l2.backend == "off":
+            raise ValueError("l1.enabled is false and l2.backend is off, so there is nowhere to keep blocks: switch one of them on")
+        return self
 
     @classmethod
     def load(cls, extra: Mapping[str, object] | None = None, environ: Mapping[str, str] | None = None) -> Self:
@@ -171,20 +258,25 @@ def describe() -> tuple[Setting, ...]:
 
 
 def _settings() -> Iterator[Setting]:
-    for name, field in Config.model_fields.items():
-        section = field.annotation
-        if not (isinstance(section, type) and issubclass(section, _Section)):
-            yield _setting(field.alias or name, field)
-            continue
-        for inner, inner_field in section.model_fields.items():
-            setting = _setting(f"{field.alias or name}.{inner}", inner_field)
-            if setting.name == "l1.capacity_bytes":
-                in_gib = replace(setting, name=_GB, variable=_variable(_GB), type="float", default=4.0)
-                yield replace(in_gib, description=setting.description.replace("bytes", "GiB", 1))
-            yield setting
+    for setting in _settings_of(Config, ""):
+        if setting.name == "l1.capacity_bytes":
+            in_gib = replace(setting, name=_GB, variable=_variable(_GB), type="float", default=4.0)
+            yield replace(in_gib, description=setting.description.replace("bytes", "GiB", 1))
+        yield setting
+
+
+def _settings_of(model: type[BaseModel], prefix: str) -> Iterator[Setting]:
+    for name, field in model.model_fields.items():
+        dotted, section = f"{prefix}{field.alias or name}", field.annotation
+        if isinstance(section, type) and issubclass(section, _Section):
+            yield from _settings_of(section, f"{dotted}.")
+        else:
+            yield _setting(dotted, field)
 
 
 def _setting(name: str, field: FieldInfo) -> Setting:
+    if get_origin(field.annotation) is tuple:
+        return Setting(name, _variable(name), "list of str", ", ".join(field.default), field.description or "")
     kinds = [choice if isinstance(choice, str) else choice.__name__ for choice in get_args(field.annotation)]
     kind = " | ".join(kinds).replace("NoneType", "null") or getattr(field.annotation, "__name__", "")
     return Setting(name, DISABLED if name == "enabled" else _variable(name), kind, field.default, field.description or "")
@@ -196,7 +288,7 @@ def _variable(name: str) -> str:
 
 _GB, _BYTES = "l1.capacity_gb", "l1.capacity_bytes"
 _SETTINGS = {setting.name: setting for setting in _settings()}
-_SECTIONS = {name.partition(".")[0] for name in _SETTINGS if "." in name}
+_SECTIONS = {".".join(parts[:count]) for parts in (name.split(".") for name in _SETTINGS) for count in range(1, len(parts))}
 _VARIABLES = {setting.variable: setting for setting in _SETTINGS.values()}
 
 
@@ -259,9 +351,11 @@ def _tree(given: Mapping[str, _Given], problems: list[str]) -> dict[str, Any]:
     """What pydantic validates: nested, and capacities in bytes."""
     tree: dict[str, Any] = {}
     for field, item in given.items():
-        section, _, name = field.rpartition(".")
-        value = _bytes_of(item, problems) if item.name == _GB else item.value
-        (tree.setdefault(section, {}) if section else tree)[name] = value
+        *sections, name = field.split(".")
+        place = tree
+        for section in sections:
+            place = place.setdefault(section, {})
+        place[name] = _bytes_of(item, problems) if item.name == _GB else item.value
     return tree
 
 
@@ -279,6 +373,12 @@ def _bytes_of(item: _Given, problems: list[str]) -> int:
 def _problem(details: Any, given: Mapping[str, _Given]) -> str:
     """One of pydantic's findings, as ``name = value (from source): what is wrong; what the setting is``."""
     field = ".".join(str(part) for part in details["loc"])
-    item, setting = given[field], _SETTINGS[field]
     wrong = str(details["msg"]).removeprefix("Value error, ").replace("Input should be", "must be")
+    while field and field not in _SETTINGS and field not in _SECTIONS:
+        field = field.rpartition(".")[0]  # a place within a list
+    if field not in _SETTINGS:
+        return wrong  # it is about several settings, and names them
+    item, setting = given[field], _SETTINGS[field]
+    if "SecretStr" in setting.type:
+        return f"{item.name} (from {item.source}): {wrong}; it is: {setting.description}"
     return f"{item.name} = {item.value!r} (from {item.source}): {wrong}; it is: {setting.description}; default {setting.default!r}"
