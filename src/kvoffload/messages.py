@@ -9,8 +9,15 @@ The flow of a save and of a load::
     SchedulerSide ..vLLM metadata.> WorkerSide --LoadBlocks--> GpuCopy --LoadFinished--> L1Manager
                                         ^------LoadEnded--------'
 
-Commands are imperatives, facts are in the past tense, answers are nouns. A message carries a batch (a job, a step, a request),
-never one block. All are frozen; those that cross the link (`LINK_MESSAGES`) hold plain values only.
+and, with a second tier::
+
+    L1Manager --FindBlocks---> L2Prefetcher of a node --BlocksFound----> L1Manager
+    L1Manager --FetchBlocks--> L2Prefetcher of a node --FetchFinished--> L1Manager  (--TransfersSettled-->)
+    L1Manager --WriteBlocks--> L2Writer of a node ------WriteFinished--> L1Manager  (--TransfersSettled-->)
+    Membership --NodesChanged--> L1Manager
+
+Commands are imperatives, facts are in the past tense, answers are nouns. A message carries a batch (a job, a step, a request), never
+one block. All are frozen; those that cross the link (`LINK_MESSAGES`) hold plain values only.
 """
 
 from __future__ import annotations
@@ -20,6 +27,7 @@ from enum import Enum, IntEnum
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from kvoffload.l2.ring import Ring
     from kvoffload.mailbox import Reply
 
 BlockKey = bytes
@@ -62,6 +70,7 @@ class DropReason(Enum):
     COPY_FAILED = "copy_failed"
     RESET = "reset"
     OFF = "off"
+    FETCH_FAILED = "fetch_failed"  # it was to be fetched, not saved: a node said that it had it, and it did not come, or was not right
 
 
 # ---------------------------------------------------------------- SchedulerSide -> L1Manager
@@ -88,12 +97,19 @@ class ReserveSlots:
 
 @dataclass(frozen=True, slots=True)
 class MatchPrefix:
-    """How much of this chain of keys, from block 0, is READY? ``deadline`` is on the clock of `time.monotonic`, in seconds."""
+    """How much of this chain of keys, from block 0, is READY, or can be by ``deadline`` (`time.monotonic`, in seconds)?
+
+    ``local`` is how many of them the engine's own cache has: what L2 has of those is of no use. ``tokens_per_s`` is how fast the
+    engine computes prompts, 0.0 where that is not known yet; each block has ``block_tokens`` tokens (0: not said).
+    """
 
     request: str
     sequence: int
     keys: tuple[BlockKey, ...]
     deadline: float
+    local: int = 0
+    tokens_per_s: float = 0.0
+    block_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +260,97 @@ class LoadEnded:
     blocks: tuple[int, ...]
 
 
+# ---------------------------------------------------------------- L1Manager <-> the L2 actors of a node
+
+Node = str
+"""A node's name: unique among the nodes of a ring, and never given to another address."""
+
+Batch = int
+"""One question, fetch or write of L1Manager's, to one node; numbers are never reused within an engine."""
+
+
+@dataclass(frozen=True, slots=True)
+class FindBlocks:
+    """Which of these does the node have? To be answered by ``deadline`` (`time.monotonic`, s), with `BlocksFound`, always."""
+
+    batch: Batch
+    keys: tuple[BlockKey, ...]
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksFound:
+    """``found[i]``: the node says that it has block ``keys[i]``, whole, of every rank. Empty where it could not be asked."""
+
+    batch: Batch
+    node: Node
+    found: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FetchBlocks:
+    """Read block ``keys[i]`` into ``slots[i]`` of every rank's segment, parents first, and verify it. Answered with `FetchFinished`."""
+
+    batch: Batch
+    slots: tuple[int, ...]
+    keys: tuple[BlockKey, ...]
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class FetchFinished:
+    """What became of a `FetchBlocks`, by slot; the four sets together are the fetch. Only ``fetched`` ones hold their block, verified.
+
+    Something may still write into ``unsettled`` ones: a `TransfersSettled` follows when nothing does. ``seconds`` is how long the
+    node took over it, waiting for its turn left out.
+    """
+
+    batch: Batch
+    node: Node
+    fetched: tuple[int, ...]
+    absent: tuple[int, ...]
+    failed: tuple[int, ...]
+    unsettled: tuple[int, ...] = ()
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class WriteBlocks:
+    """Seal ``slots[i]``, which holds block ``keys[i]``, and store it. Answered with `WriteFinished`; the slots are leased until then."""
+
+    batch: Batch
+    slots: tuple[int, ...]
+    keys: tuple[BlockKey, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class WriteFinished:
+    """What became of a `WriteBlocks`, by slot. The node has the ``stored`` ones now (or had them before); something may still read the
+    ``unsettled`` ones, and a `TransfersSettled` follows when nothing does."""
+
+    batch: Batch
+    node: Node
+    stored: tuple[int, ...]
+    failed: tuple[int, ...]
+    unsettled: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TransfersSettled:
+    """Nothing reads or writes these slots of a fetch or write any more, which had been reported unsettled."""
+
+    batch: Batch
+    node: Node
+    slots: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class NodesChanged:
+    """The nodes, and which block belongs to which, from now on."""
+
+    ring: Ring
+
+
 # ---------------------------------------------------------------- to every actor
 
 
@@ -273,9 +380,17 @@ ToL1Manager = (
     | LoadFinished
     | SegmentGrown
     | RankLost
+    | BlocksFound
+    | FetchFinished
+    | WriteFinished
+    | TransfersSettled
+    | NodesChanged
     | Flush
     | Drain
 )
+ToL2Prefetcher = FindBlocks | FetchBlocks | Drain
+ToL2Writer = WriteBlocks | Flush | Drain
+FromL2 = BlocksFound | FetchFinished | WriteFinished | TransfersSettled
 ToScheduler = PrefixHit | ParentMissing | ConnectorOff
 ToGpuCopy = SlotGrant | Flush | Drain
 ToWorker = LoadEnded | ConnectorOff

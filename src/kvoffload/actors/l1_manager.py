@@ -5,15 +5,31 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import assert_never
 
 import anyio
 from anyio.lowlevel import checkpoint
 
-from kvoffload.l1.core import L1Core
-from kvoffload.l1.effects import ToRank
+from kvoffload.l1.core import L1Core, L1Message
+from kvoffload.l1.effects import Effect, ToPrefetcher, ToRank, ToScheduler, ToWriter
 from kvoffload.mailbox import EndOfMailbox, Receiver, Reply
-from kvoffload.messages import Drain, Flush, Job, SlotGrant, ToL1Manager, ToScheduler
+from kvoffload.messages import (
+    BlocksFound,
+    Drain,
+    FetchBlocks,
+    FetchFinished,
+    FindBlocks,
+    Flush,
+    Job,
+    Node,
+    ParentMissing,
+    PrefixHit,
+    SlotGrant,
+    ToL1Manager,
+    WriteBlocks,
+    WriteFinished,
+)
 from kvoffload.observe.profiling import tagged
 
 BURST_S = 0.002
@@ -22,17 +38,19 @@ BURST_S = 0.002
 
 @dataclass(frozen=True, slots=True)
 class _Waiting:
-    """A Flush or Drain, and the jobs that must end before it is answered True."""
+    """A Flush or Drain, and the jobs that must end before it is answered True; then, unless ``is_last``, the writes that they led to."""
 
     reply: Reply[bool]
     jobs: frozenset[Job]
     deadline: float | None = None
+    is_last: bool = False
 
 
 class L1Manager:
     """Owns: the index, the slots and the leases, all in ``core``.
-    Receives: `ToL1Manager`, from SchedulerSide and from every rank's GpuCopy.
+    Receives: `ToL1Manager`, from SchedulerSide, from every rank's GpuCopy, and from the second tier.
     Sends: `SlotGrant` by ``to_rank``; `PrefixHit` and `ParentMissing` by ``to_scheduler``. Both return at once: answers never wait.
+        `FindBlocks` and `FetchBlocks` by ``to_prefetcher``, `WriteBlocks` by ``to_writer``: a refusal is as if the node had failed.
     Ends: when all senders have closed. Who then still waits for a Flush or a Drain is answered False.
     """
 
@@ -41,13 +59,18 @@ class L1Manager:
         core: L1Core,
         receiver: Receiver[ToL1Manager],
         to_rank: Callable[[int, SlotGrant], None],
-        to_scheduler: Callable[[ToScheduler], None],
+        to_scheduler: Callable[[PrefixHit | ParentMissing], None],
         clock: Callable[[], float] = time.monotonic,
+        *,
+        to_prefetcher: Callable[[Node, FindBlocks | FetchBlocks], bool] = lambda node, message: False,
+        to_writer: Callable[[Node, WriteBlocks], bool] = lambda node, message: False,
     ) -> None:
         self._core = core
         self._receiver = receiver
         self._to_rank = to_rank
         self._to_scheduler = to_scheduler
+        self._to_prefetcher = to_prefetcher
+        self._to_writer = to_writer
         self._clock = clock
         self._burst: deque[ToL1Manager] = deque()
         self._waiting: list[_Waiting] = []
@@ -59,6 +82,7 @@ class L1Manager:
                 with anyio.move_on_after(self._time_left()):
                     self._burst.extend(await self._receiver.receive_burst())
                 await self._handle_burst()
+                self._tick()
                 self._answer_waiting()
         except EndOfMailbox:
             pass
@@ -69,6 +93,7 @@ class L1Manager:
         while self._burst:
             with tagged("l1_manager"):
                 self._handle_for(BURST_S)
+                self._tick()
             if self._burst:
                 await checkpoint()
 
@@ -83,14 +108,34 @@ class L1Manager:
         if isinstance(message, Flush):
             self._waiting.append(_Waiting(message.reply, self._core.open_jobs()))
         elif isinstance(message, Drain):
-            self._core.close()
+            self._perform(self._core.close(), now)
             self._waiting.append(_Waiting(message.reply, self._core.open_jobs(), message.deadline))
         else:
-            for effect in self._core.handle(message, now):
-                if isinstance(effect, ToRank):
+            self._perform(self._core.handle(message, now), now)
+
+    def _tick(self) -> None:
+        """Answer the matches whose deadline has come."""
+        deadline = self._core.next_deadline()
+        if deadline is not None and deadline <= (now := self._clock()):
+            self._perform(self._core.tick(now), now)
+
+    def _perform(self, effects: list[Effect], now: float) -> None:
+        """Send all this, and what comes of it that the second tier refused some."""
+        for effect in effects:
+            match effect:
+                case ToRank():
                     self._to_rank(effect.rank, effect.message)
-                else:
+                case ToScheduler():
                     self._to_scheduler(effect.message)
+                case ToPrefetcher():
+                    if not self._to_prefetcher(effect.node, effect.message):
+                        effects += self._core.handle(_not_read(effect), now)
+                case ToWriter():
+                    if not self._to_writer(effect.node, effect.message):
+                        failed = WriteFinished(effect.message.batch, effect.node, (), effect.message.slots)
+                        effects += self._core.handle(failed, now)
+                case _:
+                    assert_never(effect)
 
     def _answer_waiting(self) -> None:
         if not self._waiting:
@@ -99,7 +144,10 @@ class L1Manager:
         left: list[_Waiting] = []
         for waiting in self._waiting:
             if not waiting.jobs & jobs:
-                waiting.reply.answer(True)
+                if not waiting.is_last and (writes := self._core.open_writes()):
+                    left.append(replace(waiting, jobs=writes, is_last=True))
+                else:
+                    waiting.reply.answer(True)
             elif self._core.has_lost_rank or (waiting.deadline is not None and waiting.deadline <= now):
                 waiting.reply.answer(False)  # a lost rank does not report
             else:
@@ -107,8 +155,10 @@ class L1Manager:
         self._waiting = left
 
     def _time_left(self) -> float | None:
-        """Seconds until a Drain's deadline; None when there is none."""
+        """Seconds until the deadline of a Drain or a match; None when there is none."""
         deadlines = [waiting.deadline for waiting in self._waiting if waiting.deadline is not None]
+        if (next_deadline := self._core.next_deadline()) is not None:
+            deadlines.append(next_deadline)
         return max(0.0, min(deadlines) - self._clock()) if deadlines else None
 
     def _settle(self) -> None:
@@ -120,3 +170,11 @@ class L1Manager:
                 message.reply.gone()
         self._burst.clear()
         self._receiver.close()
+
+
+def _not_read(effect: ToPrefetcher) -> L1Message:
+    """The answer for a prefetcher that did not take the question."""
+    message = effect.message
+    if isinstance(message, FindBlocks):
+        return BlocksFound(message.batch, effect.node, ())
+    return FetchFinished(message.batch, effect.node, (), (), message.slots)

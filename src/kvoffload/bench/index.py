@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from kvoffload.bench.figures import Figure
-from kvoffload.l1 import L1Config, L1Core, State, ToRank, ToScheduler
+from kvoffload.l1 import Effect, L1Config, L1Core, State, ToRank
 from kvoffload.l1.core import L1Message
 from kvoffload.l1.eviction import PolicyName
 from kvoffload.messages import (
@@ -52,7 +52,7 @@ class Load:
         self.random = random.Random(self.seed)
         self.core.handle(SegmentGrown(0, self.slots), 0.0)
 
-    def send(self, message: L1Message, blocks: int = BATCH) -> tuple[float, list[ToRank | ToScheduler]]:
+    def send(self, message: L1Message, blocks: int = BATCH) -> tuple[float, list[Effect]]:
         """How long it took, and what came out."""
         begun = time.thread_time()
         effects = self.core.handle(message, 0.0)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 
 from kvoffload.errors import InternalError
 from kvoffload.l1.parts import Parts
+from kvoffload.l1.remote import STORED, WRITING, Remote, Transfer
 from kvoffload.l1.slots import NONE
 from kvoffload.l1.states import INDEXED, State
 
@@ -17,6 +19,8 @@ def check_all(parts: Parts) -> None:
     _check_families(parts)
     _check_guards(parts)
     _check_jobs(parts)
+    if parts.remote is not None:
+        _check_remote(parts, parts.remote)
     parts.policy.check()
 
 
@@ -82,7 +86,7 @@ def _check_families(parts: Parts) -> None:
 
 
 def _check_guards(parts: Parts) -> None:
-    """Guards recomputed from the pins of leases and loads; nothing CONDEMNED is without one."""
+    """Guards recomputed from the pins of leases and loads; nothing CONDEMNED is without one, unless it is being written to a node."""
     table = parts.slots
     pins = [lease.deepest for lease in parts.leases.held.values()]
     pins += [load.deepest for load in parts.inflight.loads.values() if not load.is_empty]
@@ -98,17 +102,64 @@ def _check_guards(parts: Parts) -> None:
         _require(table.guard[slot] == expected[slot], "slot", slot, "has guard", table.guard[slot], "and should have", expected[slot])
         if expected[slot]:
             _require(table.state[slot] in (State.READY, State.CONDEMNED), "slot", slot, "is pinned and", State(table.state[slot]))
-        else:
-            _require(table.state[slot] != State.CONDEMNED, "slot", slot, "is CONDEMNED and nothing pins it: it has leaked")
+        elif slot not in table.held:
+            _require(table.state[slot] != State.CONDEMNED, "slot", slot, "is CONDEMNED and nothing keeps it: it has leaked")
     _require(table.protected == len(expected), table.protected, "slots are counted as protected, and", len(expected), "are")
 
 
 def _check_jobs(parts: Parts) -> None:
-    """Every slot being filled belongs to one save, and every save has only such slots."""
+    """Every slot being filled belongs to one save or fetch, and each of these has only such slots."""
     table = parts.slots
     owned = [slot for save in parts.inflight.saves.values() for slot in save.slots]
+    if parts.remote is not None:
+        owned += parts.remote.fetch_of
     held = {slot for slot in range(table.usable) if table.state[slot] in (State.FILLING, State.DOOMED, State.QUARANTINED)}
-    _require(len(owned) == len(set(owned)), "two saves fill one slot")
-    _require(set(owned) == held, "slots", sorted(held ^ set(owned)), "are being filled by no save, or are in a save and not being filled")
+    _require(len(owned) == len(set(owned)), "one slot is filled twice")
+    _require(
+        set(owned) == held,
+        "slots",
+        sorted(held ^ set(owned)),
+        "are being filled for nothing, or not being filled",
+    )
     if not owned:
         _require(not table.counts[State.FILLED], "slots are FILLED, and nothing that they could wait for is being filled")
+
+
+def _check_remote(parts: Parts, remote: Remote) -> None:
+    """Fetches and writes add up to their slots, and every match that waits is waited for by something."""
+    table = parts.slots
+    fetched = _slots_of(remote.fetches, remote.unsettled_fetches)
+    _require(len(fetched) == len(set(fetched)) == len(remote.fetch_of), "two fetches fill one slot, or a fetch has lost one")
+    for slot, batch in remote.fetch_of.items():
+        is_settled = batch not in remote.unsettled_fetches
+        _require(is_settled or slot in remote.unsettled_fetches[batch], "slot", slot, "is in fetch", batch, "and not unsettled")
+        state = State(table.state[slot])
+        states = (State.FILLING, State.DOOMED) if is_settled else (State.QUARANTINED,)
+        _require(state in states, "slot", slot, "of fetch", batch, "is", state)
+        _require(state != State.FILLING or remote.stored[slot] == STORED, "slot", slot, "is fetched and not known to be stored")
+    written = _slots_of(remote.writes, remote.unsettled_writes)
+    _require(len(written) == len(table.held) and set(written) == table.held, "the slots held are not those that are written to nodes")
+    for slot in written:
+        state = State(table.state[slot])
+        _require(state in (State.READY, State.CONDEMNED), "slot", slot, "is written to a node and", state)
+    writing = {slot for slot in range(table.usable) if table.state[slot] == State.READY and remote.stored[slot] == WRITING}
+    _require(writing <= table.held, "slots", sorted(writing - table.held), "are marked as being written, and are not")
+    queued = Counter(transfer.node for transfer in remote.writes.values() for _ in transfer.slots)
+    _require(queued == remote.queued, "blocks on their way to nodes are", queued, "and not", remote.queued)
+    room = int(parts.config.max_waiting_share * table.usable)
+    _require(table.protected + len(remote.fetch_of) <= room, "leases, loads and fetches hold more than", room, "slots")
+    for request, waiting in remote.waiting.items():
+        if waiting.fetch is None:
+            asked = any(find.waiting is waiting for find in remote.finds.values())
+            _require(asked, "request", request, "waits for an answer that nobody was asked for")
+        else:
+            _require(waiting.fetch in remote.fetches, "request", request, "waits for fetch", waiting.fetch, "which has ended")
+            _require(waiting in remote.waiters[waiting.fetch], "request", request, "would not be woken by fetch", waiting.fetch)
+        lease = parts.leases.held.get(request)
+        _require(lease is None or lease.sequence == waiting.message.sequence, "request", request, "waits, and holds an older lease")
+    _require(not remote.waiting or remote.next_deadline() is not None, "matches wait without a deadline")
+
+
+def _slots_of(transfers: Mapping[int, Transfer], unsettled: Mapping[int, set[int]]) -> list[int]:
+    under_way = [slot for transfer in transfers.values() for slot in transfer.slots]
+    return under_way + [slot for slots in unsettled.values() for slot in slots]

@@ -5,20 +5,25 @@ from __future__ import annotations
 from typing import assert_never
 
 from kvoffload.errors import InternalError
-from kvoffload.l1 import matching, removal, saving
+from kvoffload.l1 import fetching, matching, removal, saving, waiting, writing
 from kvoffload.l1.check import check_all
 from kvoffload.l1.effects import Effect, ToRank, ToScheduler
 from kvoffload.l1.parts import L1Config, Parts
+from kvoffload.l1.remote import Remote, RemoteConfig
 from kvoffload.l1.states import State
 from kvoffload.l1.statistics import L1Statistics
 from kvoffload.messages import (
     BlocksFilled,
+    BlocksFound,
     DropReason,
+    FetchFinished,
     ForgetRequest,
     Job,
     LoadFinished,
     LoadOutcome,
     MatchPrefix,
+    NodesChanged,
+    PrefixHit,
     RankLost,
     ReleaseHit,
     ReserveSlots,
@@ -26,31 +31,66 @@ from kvoffload.messages import (
     SegmentGrown,
     SlotGrant,
     StartLoad,
+    TransfersSettled,
+    WriteFinished,
 )
 
+FromNodes = BlocksFound | FetchFinished | WriteFinished | TransfersSettled | NodesChanged
+"""What concerns the second tier alone."""
+
 L1Message = (
-    ReserveSlots | MatchPrefix | StartLoad | ReleaseHit | ForgetRequest | ResetCache | BlocksFilled | LoadFinished | SegmentGrown | RankLost
+    ReserveSlots
+    | MatchPrefix
+    | StartLoad
+    | ReleaseHit
+    | ForgetRequest
+    | ResetCache
+    | BlocksFilled
+    | LoadFinished
+    | SegmentGrown
+    | RankLost
+    | FromNodes
 )
 """All that `L1Core.handle` takes; `Flush` and `Drain` are the shell's."""
 
 
 class L1Core:
-    """The index, the slots and the leases of one engine, at most ``capacity`` slots per rank.
+    """The index, the slots and the leases of one engine, at most ``capacity`` slots per rank; ``remote`` where there is a second tier.
 
-    `handle` is all there is to it: it never waits, and what is to be sent it returns, in order. A message that cannot be (a report
-    of an unknown job, a second one) raises InternalError; L1 is then not to be used any more.
+    `handle` (and `tick`, for what is due) is all there is to it: it never waits, and what is to be sent it returns, in order. A
+    message that cannot be (a report of an unknown job, a second one) raises InternalError; L1 is then not to be used any more.
     """
 
-    def __init__(self, config: L1Config, capacity: int) -> None:
+    def __init__(self, config: L1Config, capacity: int, remote: RemoteConfig | None = None) -> None:
         self._config = config
-        self._parts = Parts(config, capacity)
+        self._parts = Parts(config, capacity, remote)
+        self._remote = self._parts.remote
         self._populated = [0] * config.ranks
         self._lost: set[int] = set()
         self._closed = False
-        self.generation = 0
 
     def handle(self, message: L1Message, now: float) -> list[Effect]:
         """Act on one message; ``now`` is `time.monotonic`, in seconds."""
+        remote = self._remote
+        if remote is None:
+            return self._handle(message, now)
+        remote.now = now
+        return self._handle(message, now) + remote.take_effects()
+
+    def tick(self, now: float) -> list[Effect]:
+        """Answer the matches whose deadline has come."""
+        remote = self._remote
+        if remote is None:
+            return []
+        remote.now = now
+        waiting.expire(self._parts, remote)
+        return remote.take_effects()
+
+    def next_deadline(self) -> float | None:
+        """When `tick` is to be called, if no message comes before."""
+        return self._remote.next_deadline() if self._remote is not None else None
+
+    def _handle(self, message: L1Message, now: float) -> list[Effect]:
         parts = self._parts
         match message:
             case ReserveSlots():
@@ -58,26 +98,39 @@ class L1Core:
             case BlocksFilled():
                 saving.filled(parts, message)
             case MatchPrefix():
-                answer = matching.refuse if self.is_off else matching.match
-                return [ToScheduler(answer(parts, message, self.generation, now))]
+                answer = self._match(message, now)
+                return [] if answer is None else [ToScheduler(answer)]
             case StartLoad():
                 matching.start_load(parts, message)
             case LoadFinished():
                 matching.finish_load(parts, message)
             case ReleaseHit():
                 parts.leases.release(message.request, message.sequence)
+                if self._remote is not None:
+                    self._remote.give_up(message.request, message.sequence)
             case ForgetRequest():
                 parts.leases.release(message.request)
+                if self._remote is not None:
+                    self._remote.give_up(message.request)
             case ResetCache():
-                self.generation = message.generation
+                parts.generation = message.generation
                 removal.reset(parts)
+                if self._remote is not None:
+                    self._remote.reset(message.generation)
             case SegmentGrown():
                 self._grow(message)
             case RankLost():
                 self._lose(message.rank)
+            case BlocksFound() | FetchFinished() | WriteFinished() | TransfersSettled() | NodesChanged():
+                self._from_nodes(message)
             case _:
                 assert_never(message)
         return []
+
+    @property
+    def generation(self) -> int:
+        """Of the last `ResetCache`."""
+        return self._parts.generation
 
     @property
     def is_off(self) -> bool:
@@ -89,9 +142,11 @@ class L1Core:
         """Whether some rank was reported lost, so that jobs may never end."""
         return bool(self._lost)
 
-    def close(self) -> None:
-        """Refuse new work from now on; what was begun goes on to its end."""
+    def close(self) -> list[Effect]:
+        """Refuse new work from now on, and tell the matches that wait so; what was begun goes on to its end."""
         self._closed = True
+        self._stop_remote()
+        return self._remote.take_effects() if self._remote is not None else []
 
     def rank_gone(self, rank: int) -> None:
         """The process of a lost rank is known to be gone, and reads and writes no more: what waited for its reports ends."""
@@ -104,8 +159,13 @@ class L1Core:
             matching.finish_load(self._parts, LoadFinished(job, rank, LoadOutcome.WITHDRAWN))
 
     def open_jobs(self) -> frozenset[Job]:
-        """The saves and loads that some rank has not reported and that hold slots."""
-        return self._parts.inflight.open_jobs()
+        """The saves and loads that some rank has not reported and that hold slots; the fetches and writes that do, as negative numbers."""
+        jobs = self._parts.inflight.open_jobs()
+        return jobs if self._remote is None else jobs | self._remote.open_jobs()
+
+    def open_writes(self) -> frozenset[Job]:
+        """The writes to nodes among them."""
+        return frozenset(self._remote.open_writes()) if self._remote is not None else frozenset()
 
     def check(self) -> None:
         """Verify every invariant, in time proportional to the slots; raises InternalError."""
@@ -131,7 +191,51 @@ class L1Core:
             evictions=parts.evictor.evictions,
             invalidated=counts.invalidated,
             drops=dict(counts.drops),
+            remote=self._remote.statistics(len(parts.slots.held)) if self._remote is not None else None,
         )
+
+    def _match(self, message: MatchPrefix, now: float) -> PrefixHit | None:
+        if self.is_off:
+            return matching.refuse(self._parts, message, now)
+        if self._remote is None:
+            return matching.match(self._parts, message, now)
+        return waiting.match(self._parts, self._remote, message)
+
+    def _from_nodes(self, message: FromNodes) -> None:
+        parts, remote = self._parts, self._remote
+        if remote is None:
+            raise InternalError(f"{type(message).__name__}, and there is no second tier")
+        match message:
+            case BlocksFound():
+                waiting.found(parts, remote, message)
+            case FetchFinished():
+                fetching.finished(parts, remote, message)
+                waiting.resume(parts, remote, message.batch)
+            case WriteFinished():
+                writing.finished(parts, remote, message)
+            case TransfersSettled():
+                self._settle(remote, message)
+            case NodesChanged():
+                remote.ring = message.ring
+            case _:
+                assert_never(message)
+
+    def _settle(self, remote: Remote, message: TransfersSettled) -> None:
+        slots = set(message.slots)
+        for table, settled in ((remote.unsettled_fetches, fetching.settled), (remote.unsettled_writes, writing.settled)):
+            left = table.get(message.batch)
+            if left is not None and slots <= left and len(slots) == len(message.slots):
+                settled(self._parts, remote, message.slots)
+                left -= slots
+                if not left:
+                    del table[message.batch]
+                return
+        raise InternalError(f"node {message.node} settled slots {message.slots} of batch {message.batch}, which were not unsettled")
+
+    def _stop_remote(self) -> None:
+        if self._remote is not None:
+            self._remote.is_stopped = True
+            waiting.refuse_all(self._parts, self._remote)
 
     def _reserve(self, message: ReserveSlots) -> list[Effect]:
         if self.is_off:
@@ -160,6 +264,7 @@ class L1Core:
         self._check_rank(rank)
         self._lost.add(rank)
         removal.quarantine(self._parts, rank)
+        self._stop_remote()
 
     def _check_rank(self, rank: int) -> None:
         if not 0 <= rank < self._config.ranks:

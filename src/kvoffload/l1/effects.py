@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvoffload.messages import ParentMissing, PrefixHit, SlotGrant
+from kvoffload.messages import FetchBlocks, FindBlocks, Node, ParentMissing, PrefixHit, SlotGrant, WriteBlocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,4 +22,20 @@ class ToScheduler:
     message: PrefixHit | ParentMissing
 
 
-Effect = ToRank | ToScheduler
+@dataclass(frozen=True, slots=True)
+class ToPrefetcher:
+    """Offer ``message`` to the L2Prefetcher of ``node``; where it is refused, answer for it at once."""
+
+    node: Node
+    message: FindBlocks | FetchBlocks
+
+
+@dataclass(frozen=True, slots=True)
+class ToWriter:
+    """Offer ``message`` to the L2Writer of ``node``; where it is refused, answer for it at once."""
+
+    node: Node
+    message: WriteBlocks
+
+
+Effect = ToRank | ToScheduler | ToPrefetcher | ToWriter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from kvoffload.errors import InternalError
+from kvoffload.l1 import writing
 from kvoffload.l1.parts import Parts
 from kvoffload.l1.removal import fall
 from kvoffload.l1.slots import NONE
@@ -12,17 +13,21 @@ from kvoffload.messages import DropReason, HitReason, LoadFinished, LoadOutcome,
 _FILLING, _READY = int(State.FILLING), int(State.READY)
 
 
-def match(parts: Parts, message: MatchPrefix, generation: int, now: float) -> PrefixHit:
+def match(parts: Parts, message: MatchPrefix, now: float) -> PrefixHit:
     """Answer with the longest READY prefix, or as much of it as there is room to protect, and lease it."""
-    keys, state, index, counts = message.keys, parts.slots.state, parts.index, parts.counts
     parts.leases.release_older(message.request, message.sequence)
+    return answer(parts, message, now)
+
+
+def answer(parts: Parts, message: MatchPrefix, now: float, *, is_cut: bool = False) -> PrefixHit:
+    """As `match`, for a request that holds no lease. ``is_cut``: it would be longer if there had been room."""
+    keys, state, index, counts = message.keys, parts.slots.state, parts.index, parts.counts
     length = index.length_with(keys, state, _READY)
     pending = index.length_with(keys, state, _FILLING, start=length) - length
     slots: tuple[int, ...] = ()
     reason = HitReason.MISS
     if length:
-        room = int(parts.config.max_waiting_share * parts.slots.usable)
-        granted = parts.leases.grant(message.request, message.sequence, index.find(keys[length - 1]), length, room)
+        granted = parts.leases.grant(message.request, message.sequence, index.find(keys[length - 1]), length, parts.room)
         reason = HitReason.HIT if granted == length else HitReason.NO_ROOM
         if granted:
             chain = parts.slots.chain(index.find(keys[granted - 1]))
@@ -32,18 +37,22 @@ def match(parts: Parts, message: MatchPrefix, generation: int, now: float) -> Pr
                 )
             parts.policy.touch(reversed(chain))
             slots = tuple(chain)
+            if parts.remote is not None:
+                writing.on_hit(parts, parts.remote, chain)
+    if is_cut:
+        reason = HitReason.NO_ROOM
     counts.matches[reason] += 1
     counts.asked += len(keys)
     counts.hit += len(slots)
-    return PrefixHit(message.request, message.sequence, slots, pending, generation, now + parts.config.hit_lifetime_s, reason)
+    return PrefixHit(message.request, message.sequence, slots, pending, parts.generation, now + parts.config.hit_lifetime_s, reason)
 
 
-def refuse(parts: Parts, message: MatchPrefix, generation: int, now: float) -> PrefixHit:
+def refuse(parts: Parts, message: MatchPrefix, now: float) -> PrefixHit:
     """Answer 0 for being off."""
     parts.leases.release_older(message.request, message.sequence)
     parts.counts.matches[HitReason.OFF] += 1
     parts.counts.asked += len(message.keys)
-    return PrefixHit(message.request, message.sequence, (), 0, generation, now, HitReason.OFF)
+    return PrefixHit(message.request, message.sequence, (), 0, parts.generation, now, HitReason.OFF)
 
 
 def start_load(parts: Parts, message: StartLoad) -> None:

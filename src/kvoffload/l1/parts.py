@@ -12,6 +12,7 @@ from kvoffload.l1.eviction.evictor import Evictor
 from kvoffload.l1.index import KeyIndex
 from kvoffload.l1.inflight import Inflight
 from kvoffload.l1.leases import Leases
+from kvoffload.l1.remote import Remote, RemoteConfig
 from kvoffload.l1.slots import SlotTable
 from kvoffload.l1.statistics import Counts
 from kvoffload.messages import BlockKey
@@ -40,12 +41,13 @@ class L1Config:
 
 
 class Parts:
-    """One L1's slots, index, policy, jobs and leases, and what it counts."""
+    """One L1's slots, index, policy, jobs and leases, what it counts, and what it keeps of the second tier, where there is one."""
 
-    __slots__ = ("config", "counts", "evictor", "index", "inflight", "leases", "policy", "slots")
+    __slots__ = ("config", "counts", "evictor", "generation", "index", "inflight", "leases", "policy", "remote", "slots")
 
-    def __init__(self, config: L1Config, capacity: int) -> None:
+    def __init__(self, config: L1Config, capacity: int, remote: RemoteConfig | None = None) -> None:
         self.config = config
+        self.generation = 0
         self.slots = SlotTable(capacity)
         self.index = KeyIndex()
         self.policy: EvictionPolicy = make_policy(config.policy, capacity, cast("Sequence[BlockKey]", self.slots.keys), config.small_ratio)
@@ -53,3 +55,10 @@ class Parts:
         self.inflight = Inflight(config.ranks)
         self.leases = Leases(self.slots)
         self.counts = Counts()
+        self.remote = Remote(remote, capacity) if remote is not None else None
+
+    @property
+    def room(self) -> int:
+        """How many slots leases and loads may protect: their share, less what fetches hold."""
+        room = int(self.config.max_waiting_share * self.slots.usable)
+        return room if self.remote is None else room - len(self.remote.fetch_of)

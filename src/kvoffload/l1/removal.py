@@ -7,6 +7,7 @@ from array import array
 import numpy as np
 
 from kvoffload.l1.parts import Parts
+from kvoffload.l1.remote import STORED
 from kvoffload.l1.slots import NONE
 from kvoffload.l1.states import State
 from kvoffload.messages import DropReason
@@ -17,7 +18,8 @@ _RESET = bytes.maketrans(bytes([State.FILLING, State.FILLED, State.READY]), byte
 def fall(parts: Parts, slot: int, reason: DropReason) -> None:
     """Take a slot that is in the index out of it, and all its descendants, children first.
 
-    A drop is counted for each that was to be saved: for ``reason`` this slot, for its parent its descendants.
+    A drop is counted for each that was to be saved: for ``reason`` this slot, for its parent its descendants. (What was to be fetched is
+    counted as that.)
     """
     table, counts = parts.slots, parts.counts
     family = [slot]
@@ -36,6 +38,13 @@ def fall(parts: Parts, slot: int, reason: DropReason) -> None:
             if table.guard[member]:
                 table.move(member, State.CONDEMNED)
                 continue
+            if member in table.held:
+                table.detach(member)
+                table.parent[member] = NONE
+                table.move(member, State.CONDEMNED)
+                continue
+        elif parts.remote is not None and parts.remote.stored[member] == STORED:
+            counts.drops[DropReason.FETCH_FAILED] += 1
         else:
             counts.drops[reason if member == slot else DropReason.PARENT_FAILED] += 1
         table.detach(member)
@@ -54,7 +63,7 @@ def reset(parts: Parts) -> None:
     """
     parts.leases.release_all()
     table, counts = parts.slots, parts.counts
-    counts.drops[DropReason.RESET] += table.counts[State.FILLING] + table.counts[State.FILLED]
+    counts.drops[DropReason.RESET] += table.counts[State.FILLING] + table.counts[State.FILLED] - _fetched(parts)
     counts.invalidated += table.counts[State.READY]
     kept: dict[int, int] = {}  # protected slots and their parents, from the top of each chain down
     for load in parts.inflight.loads.values():
@@ -70,12 +79,23 @@ def reset(parts: Parts) -> None:
     for slot, parent in kept.items():
         states[slot] = State.CONDEMNED
         table.attach(slot, parent)
+    for slot in table.held - kept.keys():
+        states[slot] = State.CONDEMNED
     table.state[:] = states
     usable = np.frombuffer(states, dtype=np.uint8)[: table.usable]
     table.counts[:] = np.bincount(usable, minlength=len(State)).tolist()
     free = np.flatnonzero(usable == State.FREE)[::-1].astype(np.int32)
     table.free = array("i", free.tobytes())
     table.fresh = table.usable
+
+
+def _fetched(parts: Parts) -> int:
+    """How many of the slots that are FILLING or FILLED are not for a save."""
+    if parts.remote is None:
+        return 0
+    states = np.frombuffer(parts.slots.state, dtype=np.uint8)
+    of_remote = np.frombuffer(parts.remote.stored, dtype=np.uint8) == STORED
+    return int(np.count_nonzero(of_remote & ((states == State.FILLING) | (states == State.FILLED))))
 
 
 def quarantine(parts: Parts, rank: int) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvoffload.errors import InternalError
+from kvoffload.l1 import writing
 from kvoffload.l1.parts import Parts
 from kvoffload.l1.removal import fall
 from kvoffload.l1.slots import NONE
 from kvoffload.l1.states import State
-from kvoffload.messages import BlocksFilled, DropReason, ParentMissing, ReserveSlots, SaveRun, SlotGrant
+from kvoffload.messages import BlockKey, BlocksFilled, DropReason, ParentMissing, ReserveSlots, SaveRun, SlotGrant
 
 _FREE, _FILLING, _FILLED, _READY = int(State.FREE), int(State.FILLING), int(State.FILLED), int(State.READY)
 
@@ -40,6 +43,8 @@ def reserve(parts: Parts, message: ReserveSlots) -> tuple[SlotGrant, ParentMissi
         if stop < len(run.keys):
             short.add(run.request)
             drops[DropReason.NO_SLOT] += len(run.keys) - stop
+    if parts.remote is not None:
+        writing.look_ahead(parts, parts.remote)
     granted = tuple(slots)
     if granted:
         if message.job in parts.inflight.saves:
@@ -53,8 +58,7 @@ def reserve(parts: Parts, message: ReserveSlots) -> tuple[SlotGrant, ParentMissi
 
 def _reserve_run(parts: Parts, run: SaveRun, parent: int) -> tuple[int, list[int]]:
     """How many blocks of the run are in the index already, and the slots of the ones behind them, until slots run out."""
-    table, shards = parts.slots, parts.index.shards
-    state, keys = table.state, table.keys
+    state, shards = parts.slots.state, parts.index.shards
     shared: list[int] = []
     start = 0
     for key in run.keys:
@@ -68,22 +72,36 @@ def _reserve_run(parts: Parts, run: SaveRun, parent: int) -> tuple[int, list[int
     parts.counts.shared += start
     if shared:
         parts.policy.touch(reversed(shared))
+        if parts.remote is not None:
+            writing.on_hit(parts, parts.remote, shared)
     wanted = len(run.keys) - start
     if not wanted:
         return start, []
+    return start, occupy(parts, run.keys[start:] if start else run.keys, parent)
+
+
+def occupy(parts: Parts, chain: Sequence[BlockKey], parent: int) -> list[int]:
+    """FILLING slots for these blocks, of which none is in the index, under ``parent``; fewer where no more can be had."""
+    table, shards = parts.slots, parts.index.shards
+    wanted = len(chain)
     got = table.take(wanted)
     if len(got) < wanted:
         # The new child counts on its parent before anything is evicted for it.
         if parent >= 0:
             table.guard[parent] += 1
-        got += parts.evictor.evict(wanted - len(got))
+        evicted = parts.evictor.evict(wanted - len(got))
         if parent >= 0:
             table.guard[parent] -= 1
+        got += evicted
+        if parts.remote is not None:
+            writing.on_eviction(parts, parts.remote, evicted)
     if not got:
-        return start, got
-    first_child, parents = table.first_child, table.parent
+        return got
+    if parts.remote is not None:
+        parts.remote.forget(got)
+    state, keys, first_child, parents = table.state, table.keys, table.first_child, table.parent
     above = parent
-    for key, slot in zip(run.keys[start:] if start else run.keys, got, strict=False):
+    for key, slot in zip(chain, got, strict=False):
         if shards[key[0]].setdefault(key, slot) != slot:
             # Not a chain: a run repeats a key of its own, and is cut there.
             spare = got.index(slot)
@@ -100,7 +118,7 @@ def _reserve_run(parts: Parts, run: SaveRun, parent: int) -> tuple[int, list[int
         above = slot
     table.counts[_FREE] -= len(got)
     table.counts[_FILLING] += len(got)
-    return start, got
+    return got
 
 
 def filled(parts: Parts, message: BlocksFilled) -> None:
@@ -113,11 +131,11 @@ def filled(parts: Parts, message: BlocksFilled) -> None:
             if slot in failed and parts.slots.state[slot] == _FILLING:
                 fall(parts, slot, message.reason or DropReason.COPY_FAILED)
     if not save.unreported:
-        _commit(parts, save.slots)
+        commit(parts, save.slots)
 
 
-def _commit(parts: Parts, slots: tuple[int, ...]) -> None:
-    """Every rank has reported these: make READY what may be, and free what fell."""
+def commit(parts: Parts, slots: Sequence[int]) -> None:
+    """All that fills these has reported: make READY what may be, and free what fell."""
     table = parts.slots
     state, parent, first_child, counts = table.state, table.parent, table.first_child, table.counts
     waiting = counts[_FILLED]
@@ -140,8 +158,9 @@ def _commit(parts: Parts, slots: tuple[int, ...]) -> None:
     counts[_FILLING] -= woken
     counts[_FILLED] += filled
     counts[_READY] += len(ready)
-    parts.counts.committed += len(ready)
     parts.policy.admit(reversed(ready))
+    saved = len(ready) if parts.remote is None else writing.on_commit(parts, parts.remote, ready)
+    parts.counts.committed += saved
 
 
 def _wake(parts: Parts, slot: int, ready: list[int]) -> None:

@@ -35,6 +35,7 @@ class SlotTable:
         "free",
         "fresh",
         "guard",
+        "held",
         "keys",
         "next_sibling",
         "parent",
@@ -58,6 +59,9 @@ class SlotTable:
         self.previous_sibling = _links(capacity)
         # Pins on this slot, plus its children whose own guard is above 0; above 0 means that it must not be evicted.
         self.guard: array[int] = array("i", bytes(4 * capacity))
+        # Slots that something reads, other than a load: they must not be evicted either. No guard, as it is nobody's who waits, and
+        # protects no ancestors (those are no leaves anyway).
+        self.held: set[int] = set()
         self.counts = [0] * len(State)  # by state, FREE ones among the usable
         self.protected = 0  # slots whose guard is above 0
 
@@ -164,6 +168,12 @@ class SlotTable:
         found.reverse()
         return found
 
+    def let_go(self, slot: int) -> None:
+        """A slot is `held` no more: free it if it is CONDEMNED and was kept by that alone."""
+        self.held.remove(slot)
+        if self.state[slot] == _CONDEMNED and not self.guard[slot]:
+            self.release(slot)
+
     def pin(self, slot: int) -> int:
         """Protect a slot and all above it from eviction until `unpin`; says how many were not protected before."""
         guard, parent = self.guard, self.parent
@@ -193,7 +203,9 @@ class SlotTable:
             above = parent[slot]
             if state[slot] == _CONDEMNED:
                 self.detach(slot)
-                self.release(slot)
+                self.parent[slot] = NONE
+                if slot not in self.held:
+                    self.release(slot)
             slot = above
         self.protected -= no_longer
 

@@ -21,9 +21,10 @@ class State(IntEnum):
     DOOMED = 4
     """Will not be READY, but a copy may still be writing it: freed when every rank has reported."""
     CONDEMNED = 5
-    """Was READY and is invalid now, but it or a descendant of it is pinned: freed with the last pin and child, children first."""
+    """Was READY and is invalid now, but it or a descendant of it is pinned, or it is being written to a node: freed with the last pin and
+    child, children first, and not before that write has ended."""
     QUARANTINED = 6
-    """A copy may be writing it and will not report: freed when that rank's process is known to be gone."""
+    """Something may be writing it and will not report as it should: freed when that is known to have stopped, or its process to be gone."""
 
 
 TRANSITIONS: Mapping[State, frozenset[State]] = MappingProxyType(
@@ -34,13 +35,13 @@ TRANSITIONS: Mapping[State, frozenset[State]] = MappingProxyType(
         State.FILLING: frozenset({State.FILLED, State.READY, State.DOOMED}),
         # its parent became READY; its parent fell, or reset
         State.FILLED: frozenset({State.READY, State.FREE}),
-        # evicted, failed to load or reset; the same under a pin
+        # evicted, failed to load or reset; the same under a pin or a write
         State.READY: frozenset({State.FREE, State.CONDEMNED}),
-        # every rank has reported; a rank that has not was lost
+        # all that may write it have reported; a rank that has not was lost, or a fetch is not known to have stopped
         State.DOOMED: frozenset({State.FREE, State.QUARANTINED}),
-        # the last pin and child are gone
+        # the last pin and child are gone, and no write reads it
         State.CONDEMNED: frozenset({State.FREE}),
-        # the lost rank's process is gone, or it did report
+        # the lost rank's process is gone, or it did report; the fetch is settled
         State.QUARANTINED: frozenset({State.FREE}),
     }
 )

@@ -23,10 +23,10 @@ _FREE, _READY = int(State.FREE), int(State.READY)
 class Evictor:
     """Evicts READY leaves in the policy's order, by one rule that every policy shares.
 
-    A named slot that is protected is kept, at most SKIPS times. One that has children is sent back once, at most BACKS times; after
-    that the end of its chain goes, found by following first READY children down; where a chain ends in blocks being filled the
-    named slot is kept. A chain begun is finished before another: where its last tail went is remembered, so that a long
-    chain is walked down once and not once per block.
+    A named slot that is protected is kept, and one that is being written to a node is sent back, at most SKIPS times. One that has
+    children is sent back once, at most BACKS times; after that the end of its chain goes, found by following first READY children
+    down; where a chain ends in blocks being filled or written the named slot is kept. A chain begun is finished before another: where
+    its last tail went is remembered, so that a long chain is walked down once and not once per block.
 
     The limits are per reservation and bound its time. Where SKIPS binds, a reservation finds less than there is; the queue has then
     moved on, and a later one finds it. Where it does not, a reservation that found too little took all there was.
@@ -92,6 +92,8 @@ class Evictor:
     def _leave(self, named: list[int]) -> list[BlockKey]:
         """Take the first of these out of the index and the family tree, up to the first one that cannot go; their keys."""
         slots, shards = self._slots, self._index.shards
+        if slots.held:
+            named = named[: next((at for at, slot in enumerate(named) if slot in slots.held), None)]
         guard, parent, state, keys = slots.guard, slots.parent, slots.state, slots.keys
         first_child, next_sibling = slots.first_child, slots.next_sibling
         end = self._end
@@ -117,6 +119,10 @@ class Evictor:
 
     def _instead_of(self, named: int, limit: int) -> list[int]:
         """What may go in place of a slot that cannot go itself; nothing: ask the policy again, if any skips are left."""
+        if named in self._slots.held:
+            self._policy.send_back(named)  # being written is no use
+            self._skips -= 1
+            return []
         if not self._slots.guard[named]:
             if named != self._chain and named not in self._sent_back and len(self._sent_back) < BACKS:
                 self._sent_back.add(named)
@@ -147,7 +153,7 @@ class Evictor:
             self._steps -= 1
         self._chain, self._end = named, slot
         # The parent of what is being reserved is held by its own guard alone, so that it may be met here.
-        if first_child[slot] >= 0 or self._slots.guard[slot]:
+        if first_child[slot] >= 0 or self._slots.guard[slot] or slot in self._slots.held:
             return []
         tails = [slot]
         while slot != named and len(tails) < limit:

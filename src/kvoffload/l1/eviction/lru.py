@@ -65,6 +65,9 @@ class LRU:
             found.append(slot)
         return found
 
+    def peek(self, limit: int) -> list[int]:
+        return self.names(limit)
+
     def send_back(self, slot: int) -> None:
         self.touch((slot,))
 

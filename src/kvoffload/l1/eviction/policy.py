@@ -36,6 +36,9 @@ class EvictionPolicy(Protocol):
         They stay in the order, and the first is named again if nothing else happens.
         """
 
+    def peek(self, limit: int) -> list[int]:
+        """About the slots that will be named next, up to ``limit``; changes nothing."""
+
     def send_back(self, slot: int) -> None:
         """The slot named first still has children: name it again later, when they may be gone."""
 

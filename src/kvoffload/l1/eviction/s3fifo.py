@@ -106,6 +106,17 @@ class S3FIFO:
         self._hand = slot
         return self._run(slot, _MAIN, min(limit, self._main))
 
+    def peek(self, limit: int) -> list[int]:
+        """The unused ones among the first of small, then among the next of main: of each queue ``limit`` slots are looked at."""
+        after, heat = self._after, self._heat
+        found: list[int] = []
+        for slot, length, unused in ((after[self._head], self._small, _SMALL), (self._hand, self._main, _MAIN)):
+            for _ in range(min(limit, length)):
+                if heat[slot] == unused:
+                    found.append(slot)
+                slot = after[slot]
+        return found[:limit]
+
     def send_back(self, slot: int) -> None:
         """To the end of its own queue: having children is no merit."""
         warmth = self._heat[slot]

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from kvoffload.l1.core import L1Core
-from kvoffload.l1.effects import ToRank
+from kvoffload.l1.effects import ToPrefetcher, ToRank, ToWriter
 from kvoffload.messages import (
     BlocksFilled,
     ConnectorOff,
@@ -163,6 +163,7 @@ class SimHub:
                     self.copies.issued(effect.message)
                 self.grants.append(effect.message)
             else:
+                assert not isinstance(effect, ToPrefetcher | ToWriter), "there is no second tier here"
                 self.answers.append(effect.message)
 
     def _deliver_report(self) -> None:

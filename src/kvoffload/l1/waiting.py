@@ -1,0 +1,205 @@
+"""A match for which nodes may have more than L1: ask them, fetch what is worth it, and answer when that is over, or at the deadline."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from kvoffload.errors import InternalError
+from kvoffload.l1 import fetching, matching
+from kvoffload.l1.effects import ToPrefetcher, ToScheduler
+from kvoffload.l1.parts import Parts
+from kvoffload.l1.remote import Find, Remote, Waiting
+from kvoffload.l1.states import State
+from kvoffload.messages import Batch, BlocksFound, FindBlocks, MatchPrefix, Node, PrefixHit
+
+_FILLING, _READY = int(State.FILLING), int(State.READY)
+_ABSENT, _THERE = 1, 2
+
+
+def match(parts: Parts, remote: Remote, message: MatchPrefix) -> PrefixHit | None:
+    """The answer, if it can be given now: L1 has it all, or nodes have nothing worth asking for. The READY part is leased either way."""
+    supersede(parts, remote, message)
+    now = remote.now
+    if message.deadline <= now:
+        return matching.answer(parts, message, now)
+    ready, start = _lengths(parts, message)
+    nodes = _nodes_to_ask(parts, remote, message, start)
+    fetch = None if nodes else _fetch_under_way(parts, remote, message, ready, start)
+    if (not nodes and fetch is None) or not _lease_whole(parts, message, ready):
+        return matching.answer(parts, message, now)
+    waiting = Waiting(message, ready, start, nodes)
+    remote.wait(waiting)
+    if fetch is None:
+        _ask(remote, waiting)
+    else:
+        _wait_for(remote, waiting, fetch)
+    return None
+
+
+def supersede(parts: Parts, remote: Remote, message: MatchPrefix) -> None:
+    """The request asks anew: what it held goes, and what it waited for is not answered any more."""
+    parts.leases.release_older(message.request, message.sequence)
+    older = remote.waiting.get(message.request)
+    if older is not None and older.message.sequence >= message.sequence:
+        raise InternalError(f"request {message.request} asked for match {message.sequence} after match {older.message.sequence}")
+    remote.give_up(message.request)
+
+
+def found(parts: Parts, remote: Remote, message: BlocksFound) -> None:
+    """A node has said what it has. What to fetch is decided once the first absent block is known, and all before it."""
+    find = remote.finds.pop(message.batch, None)
+    if find is None or find.node != message.node or len(message.found) not in (0, len(find.places)):
+        raise InternalError(f"node {message.node} answered question {message.batch}, which it was not asked, or not about so many blocks")
+    remote.counts.found += sum(message.found)
+    waiting = find.waiting
+    if not remote.is_waiting(waiting) or waiting.fetch is not None:
+        return
+    for place, is_there in zip(find.places, message.found or (False,) * len(find.places), strict=True):
+        waiting.found[place] = _THERE if is_there else _ABSENT
+    while waiting.known < len(waiting.nodes) and waiting.found[waiting.known] == _THERE:
+        waiting.known += 1
+    if waiting.known == len(waiting.nodes) or waiting.found[waiting.known] == _ABSENT:
+        _fetch(parts, remote, waiting)
+        _go_on(parts, remote, waiting)
+
+
+def resume(parts: Parts, remote: Remote, batch: Batch) -> None:
+    """This fetch has ended: who waited for it waits for another one, or is answered."""
+    for waiting in remote.waiters.pop(batch, ()):
+        if remote.is_waiting(waiting):
+            _go_on(parts, remote, waiting)
+
+
+def expire(parts: Parts, remote: Remote) -> None:
+    """Answer every match whose deadline has come with what is READY. What is being fetched goes on."""
+    while (waiting := remote.due(remote.now)) is not None:
+        remote.counts.late += 1
+        _answer(parts, remote, waiting)
+
+
+def refuse_all(parts: Parts, remote: Remote) -> None:
+    """L1 is off: every match that waits is told so."""
+    for waiting in list(remote.waiting.values()):
+        remote.give_up(waiting.message.request)
+        parts.leases.release(waiting.message.request)
+        remote.effects.append(ToScheduler(matching.refuse(parts, waiting.message, remote.now)))
+
+
+def _lengths(parts: Parts, message: MatchPrefix) -> tuple[int, int]:
+    """How many of the first blocks are READY, and how many are that or being filled."""
+    state = parts.slots.state
+    ready = parts.index.length_with(message.keys, state, _READY)
+    return ready, parts.index.length_with(message.keys, state, _FILLING, start=ready)
+
+
+def _nodes_to_ask(parts: Parts, remote: Remote, message: MatchPrefix, start: int) -> list[Node]:
+    """The nodes of the blocks from ``start`` on; none where that cannot be worth it."""
+    nodes: list[Node] = []
+    if remote.ring is None or not remote.is_live or not _is_enough(remote, message, start, len(message.keys)):
+        return nodes
+    keys, unread = message.keys[start:], remote.unread
+    for key, node in zip(keys, remote.ring.nodes_of(keys), strict=True):
+        if node is None or unread.has(key, remote.now):
+            break
+        nodes.append(node)
+    return nodes if _is_enough(remote, message, start, start + len(nodes)) else []
+
+
+def _useful(message: MatchPrefix, start: int, stop: int) -> int:
+    """How many tokens the blocks from ``start`` to ``stop`` save computing: not those that the engine has itself."""
+    return max(0, stop - max(start, message.local)) * message.block_tokens
+
+
+def _is_enough(remote: Remote, message: MatchPrefix, start: int, stop: int) -> bool:
+    return stop > max(start, message.local) and _useful(message, start, stop) >= remote.config.min_tokens
+
+
+def _lease_whole(parts: Parts, message: MatchPrefix, ready: int) -> bool:
+    """Lease the READY part while the request waits; False, and nothing leased, where there is no room for it."""
+    if not ready:
+        return True
+    deepest = parts.index.find(message.keys[ready - 1])
+    if parts.leases.grant(message.request, message.sequence, deepest, ready, parts.room) == ready:
+        return True
+    parts.leases.release(message.request)
+    return False
+
+
+def _ask(remote: Remote, waiting: Waiting) -> None:
+    """One question to every node concerned."""
+    message, places = waiting.message, dict[Node, list[int]]()
+    for place, node in enumerate(waiting.nodes):
+        places.setdefault(node, []).append(place)
+    remote.counts.lookups += 1
+    remote.counts.asked += len(waiting.nodes)
+    for node, theirs in places.items():
+        batch = remote.next_batch()
+        remote.finds[batch] = Find(waiting, node, tuple(theirs))
+        keys = tuple(message.keys[waiting.start + place] for place in theirs)
+        remote.effects.append(ToPrefetcher(node, FindBlocks(batch, keys, message.deadline)))
+
+
+def _fetch(parts: Parts, remote: Remote, waiting: Waiting) -> None:
+    """Fetch what is there and L1 still lacks, from the first such block on: L1 has no block without its parent.
+
+    So blocks that only L1 lacks, and the engine has, are fetched with the others, and count among what that costs.
+    """
+    message, config = waiting.message, remote.config
+    _, start = _lengths(parts, message)
+    stop = waiting.start + waiting.known
+    if not waiting.start <= start < stop or not remote.is_live:
+        return  # something that was there has fallen, or somebody else was faster
+    room = max(0, parts.room - parts.slots.protected)
+    if stop - start > room:
+        waiting.is_cut = True
+        stop = start + room
+    if not _is_enough(remote, message, start, stop):
+        return
+    nodes = waiting.nodes[start - waiting.start : stop - waiting.start]
+    judge = config.load_or_compute
+    if judge is not None and not judge.should_load(_useful(message, start, stop), message.tokens_per_s, Counter(nodes), config.block_bytes):
+        remote.counts.skipped += len(nodes)
+        return
+    before = message.keys[start - 1] if start else None
+    taken = fetching.fetch(parts, remote, before, message.keys[start:stop], nodes, message.deadline + config.fetch_grace_s)
+    waiting.is_cut |= taken < len(nodes)
+
+
+def _fetch_under_way(parts: Parts, remote: Remote, message: MatchPrefix, ready: int, end: int) -> Batch | None:
+    """The first fetch that blocks ``ready`` to ``end`` wait for; None too where none of them is of use."""
+    if end <= max(ready, message.local):
+        return None
+    state, find, fetch_of = parts.slots.state, parts.index.find, remote.fetch_of
+    for key in message.keys[ready:end]:
+        slot = find(key)
+        if state[slot] == _FILLING and slot in fetch_of:
+            return fetch_of[slot]
+    return None
+
+
+def _go_on(parts: Parts, remote: Remote, waiting: Waiting) -> None:
+    """Wait for the first fetch that this match still waits for, or answer it."""
+    ready, end = _lengths(parts, waiting.message)
+    fetch = _fetch_under_way(parts, remote, waiting.message, ready, end)
+    if fetch is None:
+        _answer(parts, remote, waiting)
+    else:
+        _wait_for(remote, waiting, fetch)
+
+
+def _wait_for(remote: Remote, waiting: Waiting, fetch: Batch) -> None:
+    waiting.fetch = fetch
+    remote.waiters.setdefault(fetch, []).append(waiting)
+
+
+def _answer(parts: Parts, remote: Remote, waiting: Waiting) -> None:
+    message, counts = waiting.message, remote.counts
+    remote.give_up(message.request)
+    parts.leases.release(message.request)
+    hit = matching.answer(parts, message, remote.now, is_cut=waiting.is_cut)
+    gained = len(hit.slots) - waiting.ready
+    if gained > 0:
+        counts.hits += 1
+        counts.hit_blocks += gained
+        counts.hit_tokens += _useful(message, waiting.ready, len(hit.slots))
+    remote.effects.append(ToScheduler(hit))

@@ -1,0 +1,112 @@
+"""Which blocks are written to nodes, and when. Each keeps its slot until nothing reads it any more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kvoffload.l1.effects import ToWriter
+from kvoffload.l1.parts import Parts
+from kvoffload.l1.remote import STORED, UNKNOWN, WRITING, Remote, Transfer, end_transfer
+from kvoffload.messages import BlockKey, Node, WriteBlocks, WriteFinished
+
+AHEAD_SHARE = 0.05
+"""Of the slots, that may be on their way to nodes at once because they are to be evicted soon."""
+AHEAD = 256
+"""So many of the slots to be evicted next are looked at after a reservation that evicted, at most."""
+
+
+def on_commit(parts: Parts, remote: Remote, ready: Sequence[int]) -> int:
+    """These became READY; how many of them were saved, and not fetched."""
+    stored = remote.stored
+    saved = [slot for slot in ready if not stored[slot]]
+    if remote.config.ingestion == "all":
+        _write(parts, remote, saved)
+    return len(saved)
+
+
+def on_hit(parts: Parts, remote: Remote, slots: Sequence[int]) -> None:
+    """These are READY, and used again."""
+    if remote.config.ingestion == "hot":
+        stored = remote.stored
+        _write(parts, remote, _not_tried(parts, remote, [slot for slot in slots if not stored[slot]]))
+
+
+def on_eviction(parts: Parts, remote: Remote, evicted: Sequence[int]) -> None:
+    """These left L1."""
+    if remote.config.ingestion == "evicted":
+        stored = remote.stored
+        remote.counts.evicted_unwritten += sum(stored[slot] != STORED for slot in evicted)
+        remote.must_look_ahead = True
+
+
+def look_ahead(parts: Parts, remote: Remote) -> None:
+    """After a reservation: if it evicted, write what will be evicted next, as far as no node has it."""
+    if not remote.must_look_ahead:
+        return
+    remote.must_look_ahead = False
+    most = max(1, int(AHEAD_SHARE * parts.slots.usable)) - len(parts.slots.held)
+    if most <= 0 or not remote.is_live:
+        return
+    stored = remote.stored
+    named = [slot for slot in parts.policy.peek(AHEAD) if not stored[slot]]
+    _write(parts, remote, _not_tried(parts, remote, named)[:most])
+
+
+def finished(parts: Parts, remote: Remote, message: WriteFinished) -> None:
+    """A write has ended: its slots are let go, save for those that are not settled."""
+    transfer = end_transfer(remote.writes, message.batch, message.node, message.stored, message.failed, message.unsettled)
+    remote.queued[message.node] -= len(transfer.slots)
+    if not remote.queued[message.node]:
+        del remote.queued[message.node]
+    remote.counts.written += len(message.stored)
+    remote.counts.write_failed += len(message.failed) + len(message.unsettled)
+    written, unsettled = set(message.stored), set(message.unsettled)
+    for slot, key in zip(transfer.slots, transfer.keys, strict=True):
+        if slot not in written:
+            remote.unwritten.add(key, remote.now + remote.config.retry_after_s)
+        if slot not in unsettled:
+            remote.stored[slot] = STORED if slot in written else UNKNOWN
+            parts.slots.let_go(slot)
+    if unsettled:
+        remote.unsettled_writes[message.batch] = unsettled
+
+
+def settled(parts: Parts, remote: Remote, slots: Sequence[int]) -> None:
+    """Nothing reads these any more, whose write had not been settled."""
+    for slot in slots:
+        remote.stored[slot] = UNKNOWN
+        parts.slots.let_go(slot)
+
+
+def _not_tried(parts: Parts, remote: Remote, slots: list[int]) -> list[int]:
+    """Those of these whose writing has not failed a short while ago."""
+    if not len(remote.unwritten):
+        return slots
+    keys = parts.slots.keys
+    return [slot for slot in slots if not remote.unwritten.has(keys[slot], remote.now)]
+
+
+def _write(parts: Parts, remote: Remote, slots: Sequence[int]) -> None:
+    """Offer these to the writers of their nodes, a batch each, as far as they may be on their way; the rest is dropped."""
+    if not slots or remote.ring is None or not remote.is_live:
+        return
+    table, config, counts = parts.slots, remote.config, remote.counts
+    room = int(config.max_writing_share * table.usable) - len(table.held)
+    batches: dict[Node, tuple[list[int], list[BlockKey]]] = {}
+    wanted = [table.keys[slot] for slot in slots]
+    for slot, key, node in zip(slots, wanted, remote.ring.nodes_of(wanted), strict=True):
+        if node is None or room <= 0 or remote.queued[node] >= config.write_queue_blocks:
+            counts.write_dropped += 1
+            continue
+        room -= 1
+        remote.queued[node] += 1
+        batch = batches.setdefault(node, ([], []))
+        batch[0].append(slot)
+        batch[1].append(key)
+        remote.stored[slot] = WRITING
+    for node, (taken, keys) in batches.items():
+        number = remote.next_batch()
+        transfer = remote.writes[number] = Transfer(node, tuple(taken), tuple(keys))
+        table.held.update(taken)
+        counts.offered += len(taken)
+        remote.effects.append(ToWriter(node, WriteBlocks(number, transfer.slots, transfer.keys)))
