@@ -239,9 +239,10 @@ MALFORMED = {
     "an empty addr": (table(node("a", (0, 4095), addr="")), "neither a host name nor"),
     "an addr that is a URL": (table(node("a", (0, 4095), addr="redis://x")), "neither a host name nor"),
     "an addr with a user": (table(node("a", (0, 4095), addr="me@10.0.0.1")), "neither a host name nor"),
+    "an addr without end": (table(node("a", (0, 4095), addr="x" * 10_000)), "neither a host name nor"),
     "an addr with a port": (table(node("a", (0, 4095), addr="10.0.0.1:1")), "neither a host name nor"),
     "an addr out of range": (table(node("a", (0, 4095), addr="10.0.0.300")), "neither a host name nor"),
-    "one name, two addresses": (table(node("a", (0, 9)), node("a", (10, 4095), addr="10.9.9.9")), "two nodes are named a"),
+    "one name, two addresses": (table(node("a", (0, 9)), node("a", (10, 4095), addr="10.9.9.9")), "two nodes named a"),
 }
 
 

@@ -1,4 +1,4 @@
-"""The command ``kvoffload``: demo, bench, config, version. Also ``python -m kvoffload.cli``."""
+"""The command ``kvoffload``: demo, bench, l2, members, config, version. Also ``python -m kvoffload.cli``."""
 
 from __future__ import annotations
 
@@ -36,6 +36,14 @@ def _run(options: argparse.Namespace) -> int:
 
             names = BENCHES if options.figure == "all" else (options.figure,)
             return run_benches(runners(names), quick=options.quick, as_json=options.json, strict=options.strict)
+        case "l2":
+            from kvoffload.cli.l2 import run_l2
+
+            return run_l2(options.what, backend=options.backend, nodes=options.node, manage_port=options.manage_port, yes=options.yes)
+        case "members":
+            from kvoffload.cli.members import run_members
+
+            return run_members(options)
         case "config":
             from kvoffload.cli.settings import print_settings
 
@@ -59,6 +67,23 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--json", action="store_true", help="one JSON object per figure and line")
     bench.add_argument("--quick", action="store_true", help="seconds instead of minutes: to see that it runs, not for figures")
     bench.add_argument("--strict", action="store_true", help="exit with 1 when a figure falls short")
+
+    l2 = commands.add_parser("l2", help="reach the nodes of the second tier, try them, empty them")
+    l2.add_argument("what", choices=("ping", "check", "purge"), help="check writes, reads back and verifies blocks that nobody asks for")
+    l2.add_argument("--node", action="append", default=[], metavar="NODE", help="host:port or redis://...; default: what the settings name")
+    l2.add_argument("--backend", choices=("infinistore", "redis"), help="default: as set, or by what --node looks like")
+    l2.add_argument("--manage-port", type=int, default=18080, metavar="PORT", help="InfiniStore's HTTP port, to purge (default: 18080)")
+    l2.add_argument("--yes", action="store_true", help="purge really: an InfiniStore node loses others' values too")
+
+    members = commands.add_parser("members", help="the table of nodes that engines share: look at it, write it")
+    actions = members.add_subparsers(dest="action", required=True, metavar="ACTION")
+    listing = actions.add_parser("list", help="the nodes, their shares, and what is wrong with the table")
+    setting = actions.add_parser("set", help="write a table of these nodes, and of no others")
+    for action in (listing, setting):
+        action.add_argument("--url", help="redis:// URL of the table's Redis; better in KVOFFLOAD_L2_MEMBERSHIP_URL if it has a password")
+        action.add_argument("--key", help="the table's Redis key (default: KVOFFLOAD_L2_MEMBERSHIP_KEY, or kvcache_nodes)")
+    setting.add_argument("nodes", nargs="+", metavar="NAME=HOST:PORT", help="such as kv-0=10.0.0.11:12345 or kv-1=[fd00::2]:12345")
+    setting.add_argument("--dry-run", action="store_true", help="show what would be written, and leave the table as it is")
 
     config = commands.add_parser("config", help="list every setting")
     config.add_argument("--markdown", action="store_true", help="as the table in the README")

@@ -130,7 +130,7 @@ def table_node(name: Node, host: str, port: int) -> TableNode:
     try:
         return TableNode(name, plain_host(host), port)
     except ValueError as error:
-        raise ValueError(f"{host!r} {error}") from None
+        raise ValueError(f"{host[:80]!r} {error}") from None
 
 
 def _nodes(listed: list[_Node], problems: list[str]) -> tuple[TableNode, ...]:
@@ -140,11 +140,13 @@ def _nodes(listed: list[_Node], problems: list[str]) -> tuple[TableNode, ...]:
         try:
             node = table_node(given.name, given.addr, given.port)
         except ValueError as error:
-            raise TableError(f"node {given.name!r}: {error}") from None
+            raise TableError(f"the table's node {given.name!r}: {error}") from None
         other = nodes.setdefault(node.name, node)
         if other is not node:
             if other != node:
-                raise TableError(f"two nodes are named {node.name}: {host_port(other.host, other.port)}, {host_port(node.host, node.port)}")
+                raise TableError(
+                    f"the table has two nodes named {node.name}: {host_port(other.host, other.port)}, {host_port(node.host, node.port)}"
+                )
             problems.append(f"node {node.name} is there twice: its slots are taken together")
         elif (name := at.setdefault((node.host, node.port), node.name)) != node.name:
             problems.append(f"nodes {name} and {node.name} have the same address, {host_port(node.host, node.port)}")
