@@ -1,0 +1,298 @@
+"""InfiniStore over TCP, with a client of our own: the native one hangs for ever on a missing key, and takes its process along
+when the server dies.
+
+What the real server (0.2.35) makes us do:
+
+- A value is put once, under ``<name>:<nonce>``, and then a pointer to it under ``<name>``, in one send. The server shows a key from
+  the first byte of its value on, and dies when somebody reads or deletes it before the last.
+- A connection is kept until all its answers have been read, however late they come: see `kvoffload.l2.infinistore_native`. An
+  engine that is killed in the middle of a read may take the node along; nothing here can prevent that.
+- Nothing is sent behind a get that has not been answered whole: the server would answer that get for ever.
+- A name whose pointer exists is not written again: a key put twice is lost when the older of its values is evicted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+import anyio
+
+from kvoffload.errors import MisuseError
+from kvoffload.l2 import infinistore_native as native
+from kvoffload.l2.infinistore_lane import Lane, Report, Server
+from kvoffload.l2.infinistore_transfers import Find, Read, Transfer, Values, Write
+from kvoffload.l2.infinistore_wire import MOST_VALUE_BYTES
+from kvoffload.l2.node import Item, NodeUnreachable, Outcome
+from kvoffload.observe.logs import get_logger
+
+log = get_logger("l2")
+
+_SHARE_BYTES = 32 << 20  # one connection's share of a call at a time: others get their turn between them
+_SHARE_ITEMS = 64
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 2.0
+_CLOSE_S = 0.5
+_PING = b"kvoffload:ping"
+
+
+class InfiniStoreTcpNode:
+    """An `L2Node`. A thread for each of ``connections``; writes leave one of several to finds and reads.
+
+    ``host`` may be a name or an address of either family; ``value_bytes`` is what values will have at most, to reject settings that cannot
+    work. ``clock`` must be that of the deadlines. Never says UNSETTLED. Raises UnsupportedError where numba cannot compile, MisuseError.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        host: str,
+        port: int,
+        *,
+        value_bytes: int,
+        connections: int = 4,
+        connect_timeout_s: float = 1.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        if not 0 < value_bytes <= MOST_VALUE_BYTES or connections < 1:
+            raise MisuseError(f"node {name}: {connections} connections for values of {value_bytes} bytes; at most {MOST_VALUE_BYTES} fit")
+        native.loops()
+        self._name = name
+        self._server = Server(host, port, connect_timeout_s)
+        self._connections = connections
+        self._clock = clock
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._urgent: deque[Transfer] = deque()
+        self._reads: deque[Transfer] = deque()
+        self._writes: deque[Transfer] = deque()
+        self._waiting: dict[Transfer, asyncio.Future[None]] = {}
+        self._lanes: set[Lane] = set()
+        self._open: list[Lane] = []  # idle, the one used last at the end
+        self._cold: list[Lane] = []  # idle, without a connection
+        self._writing: set[Lane] = set()
+        self._failures = 0
+        self._not_before = 0.0
+        self._trouble = ""
+        self._is_closed = False
+        self._all_ended: asyncio.Event | None = None
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    # ------------------------------------------------------------ L2Node
+
+    async def find(self, names: Sequence[str], deadline: float) -> list[bool] | None:
+        if not names:
+            return []
+        find = Find(deadline, [name.encode() for name in names])
+        await self._perform([find], deadline)
+        return find.found
+
+    async def read(self, items: Sequence[Item], deadline: float) -> list[Outcome]:
+        for item in items:
+            if item.buffer.readonly:
+                raise MisuseError(f"{item.name} is to be read into memory that cannot be written")
+        return await self._transfer(Read, items, deadline)
+
+    async def write(self, items: Sequence[Item], deadline: float) -> list[Outcome]:
+        return await self._transfer(Write, items, deadline)
+
+    async def settle(self) -> None:
+        """At once: nothing is ever unsettled."""
+
+    async def ping(self, deadline: float) -> float:
+        where = f"node {self._name}, {self._server.host}:{self._server.port}"
+        if self._is_closed:
+            raise NodeUnreachable(f"{where}: the client is closed")
+        ping = Find(deadline, [_PING], is_probe=True)
+        await self._perform([ping], deadline)
+        if ping.found is not None:
+            return ping.seconds
+        if ping.trouble:
+            raise NodeUnreachable(f"{where}: {ping.trouble}")
+        if self._is_closed:
+            raise NodeUnreachable(f"{where}: the client was closed")
+        if ping.is_withdrawn and not self._open and self._lanes and self._trouble:
+            raise NodeUnreachable(f"{where}: not in time; what was the matter last: {self._trouble}")
+        raise NodeUnreachable(
+            f"{where}: no answer in time: is it frozen, overloaded, behind a firewall, or no InfiniStore server's data port?"
+        )
+
+    async def close(self) -> None:
+        """Connections on which an answer is outstanding linger for up to a minute, with their threads, for the server's sake."""
+        if not self._is_closed:
+            self._is_closed = True
+            for transfer in list(self._waiting):
+                if transfer.claim():
+                    self._fail(transfer)
+                else:
+                    transfer.stop()
+            for lane in self._lanes:
+                lane.end()
+        waiting = [future for future in self._waiting.values() if not future.done()]
+        if waiting:
+            await asyncio.wait(waiting)
+        if self._lanes:
+            self._all_ended = self._all_ended or asyncio.Event()
+            with anyio.move_on_after(_CLOSE_S):
+                await self._all_ended.wait()
+
+    # ------------------------------------------------------------ calls
+
+    async def _transfer(self, kind: type[Values], items: Sequence[Item], deadline: float) -> list[Outcome]:
+        for item in items:
+            if not item.name or not 0 < item.buffer.nbytes <= MOST_VALUE_BYTES or not item.buffer.contiguous:
+                raise MisuseError(f"{item.name!r}: {item.buffer.nbytes} bytes, a name and one run of at least a byte are needed")
+        places = _cut([item.buffer.nbytes for item in items], self._connections)
+        shares = [kind(deadline, [items[place] for place in share]) for share in places]
+        await self._perform(shares, deadline)
+        outcomes = [Outcome.LATE] * len(items)
+        for share, values in zip(places, shares, strict=True):
+            for place, outcome in zip(share, values.outcomes, strict=True):
+                outcomes[place] = Outcome.FAILED if outcome is Outcome.LATE and self._is_closed else outcome
+        return outcomes
+
+    async def _perform(self, transfers: Sequence[Transfer], deadline: float) -> None:
+        """Until all are over, or withdrawn because the deadline came before they began."""
+        left_s = deadline - self._clock()
+        if not transfers or left_s <= 0 or self._is_closed:
+            return
+        self._loop = loop = asyncio.get_running_loop()
+        futures = [loop.create_future() for _ in transfers]
+        for transfer, future in zip(transfers, futures, strict=True):
+            self._waiting[transfer] = future
+            (self._writes if transfer.is_write else self._urgent if transfer.is_urgent else self._reads).append(transfer)
+        timer = loop.call_later(left_s, self._withdraw, transfers)
+        try:
+            self._dispatch()
+            for future in futures:
+                await future
+        except asyncio.CancelledError:
+            self._withdraw(transfers)
+            for transfer in transfers:
+                transfer.stop()
+            await _until_done(futures)
+            raise
+        finally:
+            timer.cancel()
+        for transfer in transfers:
+            if transfer.error is not None:
+                raise transfer.error
+
+    def _withdraw(self, transfers: Sequence[Transfer]) -> None:
+        """What runs ends at its deadline by itself; what does not run never will."""
+        for transfer in transfers:
+            if transfer in self._waiting and transfer.claim():
+                transfer.is_withdrawn = True
+                self._settle(transfer)
+
+    def _fail(self, transfer: Transfer) -> None:
+        transfer.trouble = transfer.trouble or self._trouble
+        transfer.conclude(native.CLOSED)
+        self._settle(transfer)
+
+    def _settle(self, transfer: Transfer) -> None:
+        future = self._waiting.pop(transfer, None)
+        if future is not None and not future.done():
+            future.set_result(None)
+
+    # ------------------------------------------------------------ lanes
+
+    def _dispatch(self) -> None:
+        """Give idle lanes what waits. Fail it where there is no connection, and none may be tried yet."""
+        while (queue := self._next_queue()) is not None:
+            transfer = queue[0]
+            if transfer not in self._waiting:
+                queue.popleft()
+                continue
+            lane = self._lane(transfer.is_probe)
+            if lane is not None:
+                queue.popleft()
+                if transfer.is_write:
+                    self._writing.add(lane)
+                lane.give(transfer)
+            elif len(self._lanes) > len(self._cold):
+                return  # one that is at work will have its turn
+            else:
+                queue.popleft()
+                if transfer.claim():
+                    self._fail(transfer)
+
+    def _next_queue(self) -> deque[Transfer] | None:
+        if self._urgent:
+            return self._urgent
+        if self._reads:
+            return self._reads
+        return self._writes if self._writes and len(self._writing) < max(1, self._connections - 1) else None
+
+    def _lane(self, is_probe: bool) -> Lane | None:
+        if self._open:
+            return self._open.pop()
+        if self._clock() < self._not_before and not is_probe:
+            return None
+        if self._cold:
+            return self._cold.pop()
+        if len(self._lanes) == self._connections:
+            return None
+        lane = Lane(f"kvoffload-{self._name}-{len(self._lanes)}", self._server, self._clock, self._post)
+        self._lanes.add(lane)
+        return lane
+
+    def _post(self, report: Report) -> None:
+        """From a lane's thread."""
+        loop = self._loop
+        assert loop is not None
+        with suppress(RuntimeError):  # the loop was closed over it
+            loop.call_soon_threadsafe(self._hear, report)
+
+    def _hear(self, report: Report) -> None:
+        lane, transfer = report.lane, report.released
+        if transfer is not None:
+            self._trouble = transfer.trouble or self._trouble
+            self._settle(transfer)
+        if report.has_ended:
+            self._lanes.discard(lane)
+            if not self._lanes and self._all_ended is not None:
+                self._all_ended.set()
+            return
+        if not report.is_idle:
+            return
+        self._writing.discard(lane)
+        (self._open if report.is_open else self._cold).append(lane)
+        if report.is_open:
+            self._failures, self._not_before = 0, 0.0
+        elif report.has_failed and self._clock() >= self._not_before:  # those that tried at the same time count as one
+            pause_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**self._failures) * random.uniform(0.5, 1.0)
+            self._failures = min(self._failures + 1, 10)
+            self._not_before = self._clock() + pause_s
+            log.info("cannot connect", node=self._name, reason=self._trouble, again_in_s=round(pause_s, 3))
+        self._dispatch()
+
+
+def _cut(sizes: Sequence[int], connections: int) -> list[list[int]]:
+    """The places of each share. Connections take turns, so that what is done when time runs out is the beginning; bounded shares."""
+    shares: list[list[int]] = []
+    first, total = 0, 0
+    for place, size in enumerate(sizes):
+        if total + size > _SHARE_BYTES * connections or place - first == _SHARE_ITEMS * connections:
+            shares += _deal(range(first, place), connections)
+            first, total = place, 0
+        total += size
+    return [*shares, *_deal(range(first, len(sizes)), connections)]
+
+
+def _deal(places: range, connections: int) -> list[list[int]]:
+    return [list(places[start::connections]) for start in range(min(connections, len(places)))]
+
+
+async def _until_done(futures: Sequence[asyncio.Future[None]]) -> None:
+    """However often the task is cancelled meanwhile, by anyio or by asyncio: it takes 20 ms."""
+    with anyio.CancelScope(shield=True):
+        while pending := [future for future in futures if not future.done()]:
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait(pending)

@@ -1,0 +1,323 @@
+"""What one connection to an InfiniStore server does at a time: a share of a find, a read or a write. Run by its lane's thread."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from kvoffload.l2 import infinistore_native as native
+from kvoffload.l2.infinistore_wire import (
+    GET,
+    NONCE_BYTES,
+    POINTER,
+    PUT,
+    Code,
+    Pointer,
+    delete_request,
+    exist_request,
+    new_nonce,
+    payload_template,
+    value_key,
+)
+from kvoffload.l2.node import Item, Outcome
+
+MOST_ASKED = 512
+"""Questions sent at once: their answers, 4 KiB, fit into the server's send buffer whatever we do. It writes all that do not fit into
+one buffer that it may not have sent yet."""
+
+FINISH_SLICE_NS = 200_000_000
+_HOLE = b"0" * NONCE_BYTES
+_FINISHED = int(Code.FINISHED)
+
+
+class Transfer:
+    """One share. The loop makes it and may withdraw or `stop` it; a lane's thread claims it, runs it, and finishes what it began.
+
+    A transfer that is out of time lets go of the caller's memory at once, one that is stopped within some 20 ms. What it was in the
+    middle of is then finished without that memory, for the server's sake: an answer that nobody reads ends the server when the
+    connection closes, and the rest of a value that does not come leaves it with memory that it never frees. (Half a value harms no
+    reader: its nonce is in no pointer, so nobody asks for it.)
+    """
+
+    is_write = False
+    is_urgent = False
+    is_probe = False
+
+    def __init__(self, deadline: float) -> None:
+        """``deadline`` on the node's clock."""
+        self.deadline = deadline
+        self.error: BaseException | None = None
+        self.is_withdrawn = False
+        self.trouble = ""
+        """Why it failed, where the connection was the reason."""
+        self._control = native.new_control()
+        self._ticket = [None]  # whoever pops it has it: popping is atomic
+
+    def claim(self) -> bool:
+        """Of thread and loop only one gets it: to run it, or to withdraw it."""
+        try:
+            self._ticket.pop()
+        except IndexError:
+            return False
+        return True
+
+    def stop(self) -> None:
+        """From the loop, while it runs."""
+        self._control[native.STOP] = 1
+
+    def run(self, fd: int, deadline_ns: int) -> int:
+        """Until all is done, or something in `infinistore_native` is the matter. The caller's memory is not touched after it returns."""
+        self._control[native.DEADLINE_NS] = deadline_ns
+        self._control[native.SLICE_NOW] = 0  # what this socket's timeouts are is not known
+        self.prepare()
+        status = self.transfer(fd)
+        if status == native.CLOSED:
+            number = int(self._control[native.ERRNO])
+            self.trouble = os.strerror(number) if number else "it hung up"
+        elif status == native.NONSENSE:
+            self.trouble = "its answer makes no sense: is this the data port of an InfiniStore server?"
+        if status != native.STALE:
+            self.conclude(status)
+        return status
+
+    def finish(self, fd: int, until_ns: int) -> int:
+        """Go on with what `run` left outstanding. EXPIRED: call it again."""
+        self._control[native.STOP] = 0
+        self._control[native.DEADLINE_NS] = until_ns
+        self._control[native.SLICE_MOST] = FINISH_SLICE_NS
+        self._control[native.DISCARD] = 1
+        return self.finish_exchange(fd)
+
+    @property
+    def is_outstanding(self) -> bool:
+        """Whether the server has been asked something that it has not answered yet, or has half of a question."""
+        return bool(self._control[native.PHASE] or self._control[native.OFFSET])
+
+    @property
+    def is_unfinished(self) -> bool:
+        """Whether `finish` has something to do."""
+        return self.is_outstanding
+
+    def prepare(self) -> None:
+        """Make what is to be sent. May be called again, to begin once more over another connection."""
+
+    def transfer(self, fd: int) -> int:
+        raise NotImplementedError
+
+    def conclude(self, status: int) -> None:
+        """It ended with this: say so in what the caller is told, and drop all references to the caller's memory."""
+
+    def finish_exchange(self, fd: int) -> int:
+        return self.transfer(fd) if self.is_outstanding else native.OK
+
+
+class _Asking(Transfer):
+    """Has a list of questions whose answers are two ``i32`` each."""
+
+    def _ask(self, fd: int, requests: Any, answers: Any) -> int:
+        return native.loops().ask(fd, _address(requests), requests.nbytes, _address(answers), answers.nbytes, self._control)
+
+
+class Find(_Asking):
+    """``found`` is None unless all were answered; ``seconds`` is what that took."""
+
+    is_urgent = True
+
+    def __init__(self, deadline: float, keys: Sequence[bytes], *, is_probe: bool = False) -> None:
+        super().__init__(deadline)
+        self.is_probe = is_probe
+        self.found: list[bool] | None = None
+        self.seconds = 0.0
+        self._keys = keys
+        self._parts: list[tuple[Any, Any]] = []
+
+    def prepare(self) -> None:
+        self._parts = [_questions(self._keys[start : start + MOST_ASKED]) for start in range(0, len(self._keys), MOST_ASKED)]
+
+    def transfer(self, fd: int) -> int:
+        started = time.perf_counter()
+        found: list[bool] = []
+        while self._parts:
+            requests, answers = self._parts[0]
+            status = self._ask(fd, requests, answers)
+            if status != native.OK:
+                return status
+            if not _make_sense(answers):
+                return native.NONSENSE
+            found += (answers[:, 1] == 0).tolist()
+            del self._parts[0]
+            if self._control[native.DISCARD]:
+                return native.OK
+        self.found, self.seconds = found, time.perf_counter() - started
+        return native.OK
+
+
+class Values(_Asking):
+    """A share of the values of a call; ``outcomes[i]`` is that of ``items[i]``."""
+
+    def __init__(self, deadline: float, items: Sequence[Item]) -> None:
+        super().__init__(deadline)
+        self._items = items
+        self._keys: list[bytes] = []
+        self._views: list[Any] = []
+        self._arena = self._plan = _NOTHING
+        self._outcomes = np.full(len(items), Outcome.LATE, np.uint8)
+        self.outcomes = [Outcome.LATE] * len(items)
+
+    def conclude(self, status: int) -> None:
+        outcomes = self._outcomes.copy()  # `finish` goes on writing to the other; the caller has been told by then
+        # A server without room for one value has none for the next of its size, and has hung up.
+        rest = {native.EXPIRED: Outcome.LATE, native.REFUSED: Outcome.FULL}.get(status, Outcome.FAILED)
+        outcomes[outcomes == Outcome.LATE] = rest
+        outcomes[outcomes == native.DANGLING] = Outcome.ABSENT
+        self.outcomes = [_OUTCOMES[outcome] for outcome in outcomes.tolist()]
+        self._views = []
+        self._items = ()
+
+    def _see(self) -> list[tuple[int, int]]:
+        """Address and length of each item's buffer, which is kept where it is until `conclude`."""
+        self._views = [np.frombuffer(item.buffer, np.uint8) for item in self._items]
+        return [(_address(view), view.nbytes) for view in self._views]
+
+
+class Read(Values):
+    """For each the pointer, then the value that it points at."""
+
+    def __init__(self, deadline: float, items: Sequence[Item]) -> None:
+        super().__init__(deadline, items)
+        self._cells = self._scratch = self._request = self._deleted = _NOTHING
+        self._dangling: list[bytes] = []
+
+    def prepare(self) -> None:
+        if self._keys:
+            return
+        self._keys = [item.name.encode() for item in self._items]
+        parts, rows, place = [], [], 0
+        for key, (address, size) in zip(self._keys, self._see(), strict=True):
+            first = payload_template(GET, len(key), 0).fill(key)
+            template = payload_template(GET, len(key) + 1 + NONCE_BYTES, 0)
+            second = template.fill(value_key(key, _HOLE))
+            nonce = place + len(first) + len(template.head) + len(key) + 1
+            rows.append((place, len(first), address, size, place + len(first), len(second), nonce, 0))
+            parts += [first, second]
+            place += len(first) + len(second)
+        self._arena, self._plan = _arena_and_plan(parts, rows)
+        self._cells = np.zeros((len(rows), POINTER.size // 8), np.int64)
+        self._plan[:, native.CELL] = _address(self._cells) + POINTER.size * np.arange(len(rows))
+        self._scratch = np.empty(native.SCRATCH_BYTES, np.uint8)
+
+    def transfer(self, fd: int) -> int:
+        return native.loops().read(fd, self._plan, self._arena, self._cells, _address(self._scratch), self._outcomes, self._control)
+
+    def conclude(self, status: int) -> None:
+        super().conclude(status)
+        if status == native.OK:
+            self._dangling = [self._keys[index] for index in np.flatnonzero(self._outcomes == native.DANGLING).tolist()]
+
+    @property
+    def is_unfinished(self) -> bool:
+        return self.is_outstanding or bool(self._dangling)
+
+    def finish_exchange(self, fd: int) -> int:
+        """Read the rest of an answer into nowhere; delete pointers whose value was evicted.
+
+        Such a pointer would stay for as long as somebody looks at it, and would keep the block from being written again. It may be
+        deleted: it was read whole, so it had been acknowledged, and one that another engine puts in its place meanwhile arrives in one
+        piece, so there is no half of it to trip over.
+        """
+        if not self._dangling:
+            return super().finish_exchange(fd)
+        if not self.is_outstanding:
+            self._request = np.frombuffer(delete_request(self._dangling), np.uint8)
+            self._deleted = np.zeros((1, 2), np.int32)
+        status = self._ask(fd, self._request, self._deleted)
+        if status == native.OK:
+            self._dangling = []
+        return status
+
+
+class Write(Values):
+    """Which pointers exist; then for each other the value, and when the server has it, the pointer."""
+
+    is_write = True
+
+    def __init__(self, deadline: float, items: Sequence[Item]) -> None:
+        super().__init__(deadline, items)
+        self._requests = self._answers = self._rest = _NOTHING
+        self._has_looked = False
+
+    def prepare(self) -> None:
+        if self._keys:
+            return
+        self._keys = [item.name.encode() for item in self._items]
+        parts, rows, place = [], [], 0
+        for key, (address, size) in zip(self._keys, self._see(), strict=True):
+            nonce = new_nonce()
+            first = payload_template(PUT, len(key) + 1 + NONCE_BYTES, size).fill(value_key(key, nonce))
+            second = payload_template(PUT, len(key), POINTER.size).fill(key) + Pointer(nonce, size).pack()
+            rows.append((place, len(first), address, size, place + len(first), len(second), 0, 0))
+            parts += [first, second]
+            place += len(first) + len(second)
+        self._arena, self._plan = _arena_and_plan(parts, rows)
+        self._requests, self._answers = _questions(self._keys)
+
+    def transfer(self, fd: int) -> int:
+        if not self._has_looked:
+            status = self._ask(fd, self._requests, self._answers)
+            if status != native.OK:
+                return status
+            if not _make_sense(self._answers):
+                return native.NONSENSE
+            self._has_looked = True
+            self._outcomes[self._answers[:, 1] == 0] = Outcome.DONE
+            if self._control[native.DISCARD]:
+                return native.OK
+        return native.loops().write(fd, self._plan, self._outcomes, self._control)
+
+    @property
+    def is_outstanding(self) -> bool:
+        """Also where a value is stored and its pointer is not."""
+        return super().is_outstanding or bool(self._control[native.STEP])
+
+    def conclude(self, status: int) -> None:
+        if status == native.EXPIRED and self._has_looked and super().is_outstanding and not self._control[native.STEP]:
+            self._keep_the_rest()
+        super().conclude(status)
+
+    def _keep_the_rest(self) -> None:
+        """Of the value that is being sent. To copy it takes less than a millisecond, and then the caller has its memory back."""
+        item, phase, offset = (int(self._control[word]) for word in (native.ITEM, native.PHASE, native.OFFSET))
+        if phase <= 1:
+            sent = offset if phase == 1 else 0
+            self._rest = self._views[item][sent:].copy()
+            self._plan[item, native.VALUE] = _address(self._rest) - sent
+
+
+_NOTHING: Any = np.empty(0, np.uint8)
+_OUTCOMES = {int(outcome): outcome for outcome in Outcome}
+
+
+def _address(array: Any) -> int:
+    return int(array.__array_interface__["data"][0])
+
+
+def _arena_and_plan(parts: Sequence[bytes], rows: Sequence[tuple[int, ...]]) -> tuple[Any, Any]:
+    """The requests in one writable run, and the plan with their addresses in it instead of their places."""
+    arena = np.frombuffer(bytearray(b"".join(parts)), np.uint8)
+    plan = np.array(rows, np.int64)
+    plan[:, native.REQUEST] += _address(arena)
+    plan[:, native.SECOND] += _address(arena)
+    return arena, plan
+
+
+def _questions(keys: Sequence[bytes]) -> tuple[Any, Any]:
+    """Whether they exist, and room for the answers."""
+    return np.frombuffer(b"".join([exist_request(key) for key in keys]), np.uint8), np.zeros((len(keys), 2), np.int32)
+
+
+def _make_sense(answers: Any) -> bool:
+    return bool(((answers[:, 0] == _FINISHED) & ((answers[:, 1] == 0) | (answers[:, 1] == 1))).all())
