@@ -156,7 +156,9 @@ class L2Settings(_Section):
     inflight_bytes: Int = Field(
         default=256 << 20, ge=1 << 20, le=1 << 40, description="bytes under way to or from a node at once, each way"
     )
-    write_queue_blocks: Int = Field(default=4096, ge=1, le=1 << 20, description="blocks that may wait to be written to a node; more are dropped")
+    write_queue_blocks: Int = Field(
+        default=4096, ge=1, le=1 << 20, description="blocks that may wait to be written to a node; more are dropped"
+    )
     transport: Annotated[Literal["tcp", "rdma"], BeforeValidator(_lower)] = Field(
         default="tcp", description="of InfiniStore; rdma has not met hardware yet"
     )

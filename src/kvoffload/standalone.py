@@ -41,7 +41,8 @@ from kvoffload.messages import (
     ToScheduler,
 )
 from kvoffload.namespace import namespace_digest
-from kvoffload.runtime.hub import HubRuntime, RankPort
+from kvoffload.runtime.hub import DRAIN_S, HubRuntime, RankPort
+from kvoffload.runtime.shared import SegmentView, Shared
 from kvoffload.runtime.worker import Rank, WorkerRuntime
 
 MAX_SAVES = 32
@@ -130,7 +131,8 @@ class Runtime:
         self._loop.start()
         worker = WorkerRuntime(self._config, rank, self._loop.call_soon, self._on_load_ended)
         hub = HubRuntime(self._config, self._on_answer)
-        hub.open(rank.segment.slots, [RankPort(worker.deliver)], self._loop.call_soon, self._loop.heartbeat)
+        shared = Shared(namespace, rank.layout.digest(), rank.layout.payload_bytes, (SegmentView(rank.segment),))
+        hub.open(rank.segment.slots, [RankPort(worker.deliver)], self._loop.call_soon, self._loop.heartbeat, shared)
         self._loop.submit(worker.run)
         self._loop.submit(hub.run)
         worker.attach(ledger, partial(hub.deliver, rank.number))
@@ -185,8 +187,9 @@ class Runtime:
         request = f"match-{next(self._counter)}"
         reply: Reply[PrefixHit] = Reply()
         self._answers[request] = reply
+        deadline = time.monotonic() + self._patience_s(len(keys) * parts.block_size)
         try:
-            if not parts.hub.offer(MatchPrefix(request, 1, keys, time.monotonic() + self._config.match.deadline_ms / 1000)):
+            if not parts.hub.offer(MatchPrefix(request, 1, keys, deadline, block_tokens=parts.block_size)):
                 answer = PrefixHit(request, 1, (), 0, self._generation, math.inf, HitReason.BUSY)
             else:
                 with anyio.CancelScope(shield=True):  # a lease must not come for nobody
@@ -200,6 +203,13 @@ class Runtime:
             if hit._is_open and answer.slots:
                 parts.hub.owe(ReleaseHit(request, 1))
             hit._is_open = False
+
+    def _patience_s(self, tokens: int) -> float:
+        l2 = self._config.l2
+        if l2.backend == "off":
+            return self._config.match.deadline_ms / 1e3
+        wanted_ms = l2.deadline_base_ms + tokens / 1000 * l2.deadline_per_1000_tokens_ms
+        return min(wanted_ms, max(l2.deadline_base_ms, l2.deadline_most_ms)) / 1e3
 
     async def load(self, hit: Hit, blocks: Sequence[int], *, first_block: int = 0) -> int:
         """Fill engine block ``blocks[i]`` with block ``first_block + i`` of the hit, whose lease this uses up; the number of tokens loaded.
@@ -306,6 +316,7 @@ class Runtime:
         parts, self._parts = self._parts, None
         if parts is None:
             return
+        parts.hub.drain(DRAIN_S)
         parts.hub.close()
         parts.worker.close(3.0)
         self._loop.stop(1.0)

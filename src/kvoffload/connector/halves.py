@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 log = logs.get_logger("connector")
 
+GRACE_S = 0.01
+"""For the answer that L1 gives at a match's deadline to reach the scheduler's thread."""
 CLOSE_TIMEOUT_S = 2.5
 """Of one half; vLLM gives a worker 5 s."""
 
@@ -59,22 +61,29 @@ class SchedulerHalf:
         items, unidentified = identity.namespace_items(vllm_config, kv_cache_config, config.namespace, config.model.version)
         if unidentified:
             log.info("blocks stay in this engine: not everything that determines them can be identified", what=unidentified)
+        self._has_l2 = config.l2.backend != "off" and not unidentified
+        if config.l2.backend != "off" and unidentified:
+            log.warning("L2 off: not everything that determines blocks can be identified, so none may be shared", what=unidentified)
         profiling.start(config.profiling, {"role": "scheduler"})
         block_size = vllm_config.cache_config.block_size
         settings = SchedulerSettings(
             block_size=block_size,
             namespace=namespace_digest(items),
             match=MatchSettings(
-                deadline_s=config.match.deadline_ms / 1e3,
+                deadline_s=(config.l2.deadline_base_ms if self._has_l2 else config.match.deadline_ms) / 1e3,
+                deadline_per_token_s=config.l2.deadline_per_1000_tokens_ms / 1e6 if self._has_l2 else 0.0,
+                deadline_most_s=config.l2.deadline_most_ms / 1e3,
+                grace_s=GRACE_S if self._has_l2 else 0.0,
                 wait_idle_s=config.match.wait_idle_ms / 1e3,
                 wait_busy_s=config.match.wait_busy_ms / 1e3,
                 max_loads=config.loads.max_jobs,
                 alignment_tokens=getattr(kv_cache_config, "cache_hit_alignment_tokens", None) or block_size,
             ),
             save=config.save.enabled,
+            rate_window=(2 if vllm_config.scheduler_config.async_scheduling else 1) if self._has_l2 else 0,
         )
         self.ledger = Ledger(kv_cache_config.num_blocks)
-        self.host = HubHost(config, self.ledger)
+        self.host = HubHost(config, self.ledger, settings.namespace if self._has_l2 else None)
         self.identity = RequestIdentity()
         self.side = SchedulerSide(self.host.hub, self.ledger, settings, self.identity.extras)
         self._statistics = SchedulerStatistics(self.side, self.host.hub)

@@ -14,9 +14,16 @@ from kvoffload.messages import BlockKey, ForgetRequest, HitReason, MatchPrefix, 
 
 @dataclass(frozen=True, slots=True)
 class MatchSettings:
-    """Times in seconds; ``max_loads`` is the number of load credits, a place each in every rank's queue of loads."""
+    """Times in seconds; ``max_loads`` is the number of load credits, a place each in every rank's queue of loads.
+
+    Asking for more tokens may take longer, by ``deadline_per_token_s`` and up to ``deadline_most_s``; ``grace_s`` is for the answer
+    that L1 gives right at its deadline to get here.
+    """
 
     deadline_s: float = 0.05
+    deadline_per_token_s: float = 0.0
+    deadline_most_s: float = 0.05
+    grace_s: float = 0.0
     wait_idle_s: float = 0.002
     wait_busy_s: float = 0.0005
     max_loads: int = 64
@@ -36,6 +43,8 @@ class Matcher:
         self._settings = settings
         self._pump = pump
         self._clock = clock
+        self.tokens_per_s = 0.0
+        """How fast the engine computes prompts; 0.0 where nobody told."""
         # One count for all requests: a name may come again while an answer to its last bearer is still under way.
         self._sequences = itertools.count(1)
         self.generation = 0
@@ -62,12 +71,13 @@ class Matcher:
         now = self._clock()
         if record.asked_at is None:
             record.asked_at = now
+            record.deadline = now + self._patience_s(record)
         if record.phase is Phase.NEW:
             keys = self._keys(record)
             if not keys:
                 record.phase = Phase.SPENT
                 return 0
-            if not self._post(record, keys, record.asked_at + self._settings.deadline_s):
+            if not self._post(record, keys):
                 return self._none_or_zero(record, "busy")
         self._await(record, now, engine_is_idle)
         if record.phase is Phase.HELD:
@@ -76,15 +86,21 @@ class Matcher:
             return 0
         return self._none_or_zero(record, "late")
 
+    def _patience_s(self, record: RequestRecord) -> float:
+        settings = self._settings
+        tokens: int = max(0, record.request.num_tokens - record.local_tokens)
+        return min(settings.deadline_s + tokens * settings.deadline_per_token_s, max(settings.deadline_s, settings.deadline_most_s))
+
     def _keys(self, record: RequestRecord) -> tuple[BlockKey, ...]:
         """Of all full blocks but for the last token, which is always computed."""
         blocks = (record.request.num_tokens - 1) // record.chain.block_size
         record.extend_keys(blocks * record.chain.block_size)
         return tuple(record.chain.keys[:blocks])
 
-    def _post(self, record: RequestRecord, keys: tuple[BlockKey, ...], deadline: float) -> bool:
-        sequence = next(self._sequences)
-        if not self._hub.offer(MatchPrefix(record.request_id, sequence, keys, deadline)):
+    def _post(self, record: RequestRecord, keys: tuple[BlockKey, ...]) -> bool:
+        sequence, size = next(self._sequences), record.chain.block_size
+        local = record.local_tokens // size
+        if not self._hub.offer(MatchPrefix(record.request_id, sequence, keys, record.deadline, local, self.tokens_per_s, size)):
             return False
         record.sequence = sequence
         record.phase = Phase.ASKED
@@ -113,8 +129,7 @@ class Matcher:
 
     def _none_or_zero(self, record: RequestRecord, reason: str) -> int | None:
         """None while the deadline has not passed, then 0 for good."""
-        assert record.asked_at is not None
-        if self._clock() - record.asked_at < self._settings.deadline_s:
+        if self._clock() < record.deadline + self._settings.grace_s:
             return None
         self._give_back(record)
         record.phase = Phase.SPENT

@@ -37,6 +37,7 @@ class RequestRecord:
         "answered",
         "asked_at",
         "chain",
+        "deadline",
         "extras",
         "has_credit",
         "has_waited",
@@ -76,6 +77,8 @@ class RequestRecord:
         self.answered = 0
         """The last sequence that L1 has answered."""
         self.asked_at: float | None = None
+        self.deadline = 0.0
+        """When there must be an answer; means something once it was asked."""
         self.hit: PrefixHit | None = None
         self.has_credit = False
         self.has_waited = False

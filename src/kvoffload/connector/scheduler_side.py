@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from kvoffload.connector.matcher import Matcher, MatchSettings
 from kvoffload.connector.metadata import PlannedLoad, StepMetadata
 from kvoffload.connector.ports import HubPort, LedgerPort
+from kvoffload.connector.prefill_rate import PrefillRate
 from kvoffload.connector.record import RequestRecord
 from kvoffload.connector.saver import Saver
 from kvoffload.keys import Extras, KeyChain
@@ -34,12 +35,15 @@ _COMPUTES, _IDLES = StepMetadata(), StepMetadata(idle=True)
 
 @dataclass(frozen=True, slots=True)
 class SchedulerSettings:
-    """``block_size`` in tokens; ``namespace`` is the root of all keys, 24 bytes."""
+    """``block_size`` in tokens; ``namespace`` is the root of all keys, 24 bytes. ``rate_window``: learn how fast the engine computes
+    prompts, with so many steps planned before the first of them has ended; 0: nobody wants to know.
+    """
 
     block_size: int
     namespace: bytes
     match: MatchSettings
     save: bool = True
+    rate_window: int = 0
 
 
 @dataclass(slots=True)
@@ -84,6 +88,7 @@ class SchedulerSide:
         """Loads promised to vLLM and not reported finished, by request; they outlive their record."""
         self._generation = 0
         self._step = 0
+        self._rate = PrefillRate(settings.rate_window) if settings.rate_window else None
         self._clock = clock
         self._next_sweep = clock() + SWEEP_S
         self.has_statistics = False
@@ -103,6 +108,8 @@ class SchedulerSide:
         self.records[request.request_id] = RequestRecord(request, chain, extras, may_save=may_save, may_load=may_load)
 
     def request_finished(self, request: Request) -> None:
+        if self._rate is not None:
+            self._rate.finished(self._clock())
         self._live.discard(request.request_id)
         record = self.records.pop(request.request_id, None)
         if record is None:
@@ -208,8 +215,12 @@ class SchedulerSide:
         self._step += 1
         self.matcher.new_step()
         self._pump()
-        if self._clock() >= self._next_sweep:
+        now = self._clock()
+        if now >= self._next_sweep:
             self._sweep()
+        if self._rate is not None:
+            self._rate.planned(output.total_num_scheduled_tokens, now)
+            self.matcher.tokens_per_s = self._rate.tokens_per_s
         for request_id in output.preempted_req_ids or ():
             record = self.records.get(request_id)
             if record is not None:

@@ -45,6 +45,19 @@ class SchedulerStatistics:
                 totals[name] = totals.get(name, 0) + count
             totals["saved_blocks"] = l1.committed
             totals["evicted_blocks"] = l1.evictions
+            if l1.remote is not None:
+                l2 = l1.remote.totals
+                totals |= {
+                    "l2_asked_blocks": l2.asked,
+                    "l2_found_blocks": l2.found,
+                    "l2_not_worth_loading_blocks": l2.skipped,
+                    "l2_fetched_blocks": l2.fetched,
+                    "l2_failed_blocks": l2.absent + l2.failed,
+                    "l2_late_answers": l2.late,
+                    "l2_hit_tokens": l2.hit_tokens,
+                    "l2_written_blocks": l2.written,
+                    "l2_dropped_blocks": l2.write_failed + l2.write_dropped,
+                }
             gauges = {"l1_used_blocks": l1.slots.get(State.READY, 0), "l1_capacity_blocks": l1.usable}
         for name, total in totals.items():
             found[name] = total - self._last.get(name, 0)

@@ -13,17 +13,22 @@ import anyio
 from kvoffload import link
 from kvoffload.bridge import LoopThread
 from kvoffload.config import Config
-from kvoffload.errors import PeerError
+from kvoffload.errors import CapacityError, PeerError
 from kvoffload.layout import Tensor
 from kvoffload.ledger import Ledger
 from kvoffload.observe.logs import get_logger
 from kvoffload.runtime.hub import HubRuntime, RankPort
+from kvoffload.runtime.shared import SegmentView, Shared
 from kvoffload.runtime.worker import FromRank, Rank, WorkerRuntime, WrapEngine
+from kvoffload.segment import Segment
 
 log = get_logger("hosts")
 
 JOIN_TIMEOUT_S = 30.0
 """For a hub to reach a worker half that announced itself."""
+
+DRAIN_SHARE = 0.6
+"""Of the time to close in, for blocks on their way to the second tier."""
 
 PEER_LIMIT_S = 1.0
 """A peer that was silent for longer gets no new promises."""
@@ -40,6 +45,7 @@ class WorkerHost:
         self._serving: anyio.CancelScope | None = None
         self._link: link.Link | None = None
         self._is_joined_here = False
+        self._drain: Callable[[float], object] | None = None
 
     @classmethod
     def start(cls, config: Config, number: int, kv_caches: Mapping[str, Tensor], num_blocks: int, wrap: WrapEngine) -> WorkerHost:
@@ -70,9 +76,12 @@ class WorkerHost:
     def block_bytes(self) -> int:
         return self.runtime.rank.layout.payload_bytes
 
-    def join_here(self) -> None:
-        """The hub is in this process: no link is needed. On vLLM's thread."""
+    def join_here(self, drain: Callable[[float], object]) -> None:
+        """The hub is in this process: no link is needed. On vLLM's thread. vLLM ends this half first, and with it the hub's loop:
+        so ``drain(timeout_s)`` is called before.
+        """
         self._is_joined_here = True
+        self._drain = drain
         self.loop.call_soon(self._stop_serving)
 
     def _stop_serving(self) -> None:
@@ -121,6 +130,9 @@ class WorkerHost:
     def close(self, timeout_s: float) -> None:
         """Bounded; whatever does not end is left to the end of the process."""
         link.unregister_half(self.address.token)
+        if self._drain is not None:
+            self._drain(timeout_s * DRAIN_SHARE)
+            timeout_s *= 1 - DRAIN_SHARE
         with contextlib.suppress(RuntimeError):  # the loop has ended, and the listener with it
             self.loop.call_soon(self._stop_serving)
         self.runtime.close(timeout_s * 0.7)
@@ -130,8 +142,11 @@ class WorkerHost:
 class HubHost:
     """The hub, with a loop thread of its own, or on the one of the worker half where that is in this process."""
 
-    def __init__(self, config: Config, ledger: Ledger) -> None:
+    def __init__(self, config: Config, ledger: Ledger, shared_as: bytes | None = None) -> None:
+        """``shared_as``: the namespace under which blocks may be shared with other engines; None: they must stay in this one."""
         self.hub = HubRuntime(config)
+        self._shared_as = shared_as
+        self._mapped: Segment | None = None
         self._ledger = ledger
         self._loop: LoopThread | None = None
         self._link: link.Link | None = None
@@ -147,9 +162,10 @@ class HubHost:
             self._loop.submit(lambda: self._join_over_link(address))
 
     def _join_here(self, worker: WorkerHost) -> None:
-        worker.join_here()
-        slots = worker.runtime.rank.segment.slots
-        self.hub.open(slots, [RankPort(worker.runtime.deliver)], worker.loop.call_soon, worker.loop.heartbeat)
+        worker.join_here(self.hub.drain)
+        rank = worker.runtime.rank
+        shared = self._shared(rank.layout.digest(), rank.layout.payload_bytes, rank.segment)
+        self.hub.open(rank.segment.slots, [RankPort(worker.runtime.deliver)], worker.loop.call_soon, worker.loop.heartbeat, shared)
         worker.loop.submit(self.hub.run)
         worker.runtime.attach(self._ledger, partial(self.hub.deliver, worker.runtime.rank.number))
 
@@ -160,17 +176,41 @@ class HubHost:
         except PeerError as error:
             self.hub.turn_off(f"the worker half cannot be reached: {error}")
             return
-        worker.close()  # nothing reads its segment here until there is a second tier; its exit ends the engine
         self._link = joined
         hello = worker.hello
         port = RankPort(joined.send, lambda: joined.peer_age_s() < PEER_LIMIT_S)
-        self.hub.open(hello.capacity_slots, [port], self._loop.call_soon, self._loop.heartbeat)
+        shared = self._map(worker)
+        self.hub.open(hello.capacity_slots, [port], self._loop.call_soon, self._loop.heartbeat, shared)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self.hub.run)
             deliver: Callable[[FromRank], None] = partial(self.hub.deliver, hello.rank)
             await joined.run(deliver, lambda reason: self.hub.lose_rank(hello.rank, reason, quiet=joined.peer_left))
 
+    def _map(self, worker: link.JoinedWorker) -> Shared | None:
+        """Map the worker's segment, where there is a second tier to read it; the worker's exit ends the engine, and needs no watching."""
+        hello = worker.hello
+        if self._shared_as is None:
+            worker.close()
+            return None
+        os.close(worker.process_fd)
+        try:
+            self._mapped = Segment.attach(worker.segment_fd, hello.capacity_slots, hello.slot_bytes)
+        except (PeerError, CapacityError) as error:
+            os.close(worker.segment_fd)
+            log.error("L2 off: the worker's slots cannot be mapped", reason=str(error))
+            return None
+        return self._shared(hello.layout_digest, hello.payload_bytes, self._mapped)
+
+    def _shared(self, layout_digest: bytes, payload_bytes: int, segment: Segment) -> Shared | None:
+        if self._shared_as is None:
+            return None
+        return Shared(self._shared_as, layout_digest, payload_bytes, (SegmentView(segment),))
+
     def close(self, timeout_s: float) -> None:
+        if self._loop is not None:
+            self.hub.drain(timeout_s * DRAIN_SHARE)
         self.hub.close()
         if self._loop is not None:
-            self._loop.stop(timeout_s)
+            self._loop.stop(timeout_s * (1 - DRAIN_SHARE))
+        if self._mapped is not None:
+            self._mapped.close()

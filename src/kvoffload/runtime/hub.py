@@ -1,4 +1,4 @@
-"""The hub of one engine: one index for all ranks, on one loop. It is SchedulerSide's `HubPort`."""
+"""The hub of one engine: one index for all ranks, and the second tier, on one loop. It is SchedulerSide's `HubPort`."""
 
 from __future__ import annotations
 
@@ -6,22 +6,34 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from threading import Lock
+from typing import TYPE_CHECKING
+
+import anyio
 
 from kvoffload.actors.l1_manager import L1Manager
 from kvoffload.bridge import Heartbeat, Inbox
 from kvoffload.config import Config
+from kvoffload.errors import KVOffloadError, PeerError, UnsupportedError
 from kvoffload.l1.core import L1Core
 from kvoffload.l1.parts import L1Config
 from kvoffload.l1.statistics import L1Statistics
 from kvoffload.mailbox import OnFull, Receiver, Reply, Sender, ThreadSender, open_mailbox
 from kvoffload.mailbox_state import CallSoon
-from kvoffload.messages import ConnectorOff, Flush, RankLost, ResetCache, SlotGrant, ToL1Manager, ToScheduler
+from kvoffload.messages import ConnectorOff, Drain, Flush, Node, RankLost, ResetCache, SlotGrant, ToL1Manager, ToScheduler
 from kvoffload.observe.logs import get_logger
 from kvoffload.runtime.worker import FromRank
 from kvoffload.supervisor import Child, RestartPolicy, Supervisor
 
+if TYPE_CHECKING:
+    from kvoffload.l1.remote import RemoteConfig
+    from kvoffload.runtime.l2 import L2Runtime
+    from kvoffload.runtime.node_actors import NodeStatistics
+    from kvoffload.runtime.shared import Shared
+
 log = get_logger("hub")
 
+DRAIN_S = 1.5
+"""For what is on its way to the second tier when everything ends."""
 POSTS = 4096
 """Requests that may wait for L1Manager; answers and releases have room of their own."""
 
@@ -48,30 +60,91 @@ class HubRuntime:
         self._opened: _Opened | None = None
         self._opening = Lock()
         self._early_reset: ResetCache | None = None
+        self._is_reset = False
         self.off_reason: str | None = None
 
-    def open(self, slots: int, ranks: Sequence[RankPort], call_soon: CallSoon, heartbeat: Heartbeat | None) -> None:
+    def open(
+        self,
+        slots: int,
+        ranks: Sequence[RankPort],
+        call_soon: CallSoon,
+        heartbeat: Heartbeat | None,
+        shared: Shared | None = None,
+    ) -> None:
         """Every rank is there, with segments of ``slots`` slots; what they report is for `deliver`.
 
-        ``call_soon`` schedules into the loop that `run` will run on; ``heartbeat`` is that loop's.
+        ``call_soon`` schedules into the loop that `run` will run on; ``heartbeat`` is that loop's. ``shared`` is what the second
+        tier needs; None where blocks must stay in this engine.
         """
         sender: Sender[ToL1Manager]
         receiver: Receiver[ToL1Manager]
         sender, receiver = open_mailbox("l1_manager", POSTS, OnFull.REFUSE, call_soon=call_soon)
-        core = L1Core(L1Config(ranks=len(ranks), policy=self._config.l1.policy), slots)
-        manager = L1Manager(core, receiver, self._to_rank, self._on_answer, time.monotonic)
         posts, reports = sender.threadsafe(), sender.threadsafe()
         sender.close()
+        l2 = self._second_tier(shared, reports.owe) if shared is not None and self._config.l2.backend != "off" else None
+        config = L1Config(ranks=len(ranks), policy=self._config.l1.policy)
+        if l2 is None or shared is None:
+            core = L1Core(config, slots)
+            manager = L1Manager(core, receiver, self._to_rank, self._on_answer, time.monotonic)
+        else:
+            core = L1Core(config, slots, self._remote_config(shared))
+            manager = L1Manager(
+                core,
+                receiver,
+                self._to_rank,
+                self._on_answer,
+                time.monotonic,
+                to_prefetcher=l2.to_prefetcher,
+                to_writer=l2.to_writer,
+            )
         with self._opening:
             if self._early_reset is not None:
                 posts.owe(self._early_reset)
-            self._opened = _Opened(tuple(ranks), heartbeat, posts, reports, core, manager)
+            self._opened = _Opened(tuple(ranks), heartbeat, posts, reports, core, manager, l2)
+
+    def _second_tier(self, shared: Shared, deliver: Callable[[ToL1Manager], None]) -> L2Runtime | None:
+        try:
+            try:
+                from kvoffload.runtime.l2 import L2Runtime  # what it needs comes with extras
+            except ImportError as error:
+                raise UnsupportedError(f"it needs {error.name}: pip install kvoffload[l2]") from error
+            return L2Runtime(self._config.l2, shared, deliver)
+        except KVOffloadError as error:
+            log.error("L2 off: blocks stay in this engine", reason=str(error))
+            return None
+
+    def _remote_config(self, shared: Shared) -> RemoteConfig:
+        from kvoffload.l1.remote import RemoteConfig
+        from kvoffload.l2.load_or_compute import LoadOrCompute
+
+        settings = self._config.l2
+        return RemoteConfig(
+            ingestion=settings.ingestion,
+            min_tokens=settings.min_tokens,
+            retry_after_s=settings.retry_after_s,
+            block_bytes=shared.block_bytes,
+            load_or_compute=LoadOrCompute() if settings.load_or_compute else None,
+            write_queue_blocks=settings.write_queue_blocks,
+        )
 
     async def run(self) -> None:
-        """L1Manager, supervised: when it crashes its state cannot be trusted, and the connector goes off."""
-        assert self._opened is not None
+        """L1Manager, supervised: when it crashes its state cannot be trusted, and the connector goes off. And the second tier."""
+        opened = self._opened
+        assert opened is not None
         policy = RestartPolicy(restarts=0, escalate=lambda child, error: self.turn_off(f"{child} crashed: {error!r}"))
-        await Supervisor([Child("l1_manager", self._opened.manager.run, policy)]).run()
+        l1 = Supervisor([Child("l1_manager", opened.manager.run, policy)])
+        if opened.l2 is None:
+            await l1.run()
+            return
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._run_second_tier, opened.l2)
+            await l1.run()
+            tasks.cancel_scope.cancel()
+
+    async def _run_second_tier(self, l2: L2Runtime) -> None:
+        """Its end is the end of L2, and of nothing else."""
+        policy = RestartPolicy(restarts=0, escalate=lambda child, error: log.error("L2 off: blocks stay here", reason=repr(error)))
+        await Supervisor([Child("l2", l2.run, policy)]).run()
 
     def turn_off(self, reason: str, *, quiet: bool = False) -> None:
         """No new promise from here on; both halves are told. From any thread.
@@ -100,12 +173,28 @@ class HubRuntime:
             self._opened.reports.owe(RankLost(rank, reason))
         self.turn_off(f"rank {rank} is lost: {reason}", quiet=quiet)
 
+    def drain(self, timeout_s: float) -> bool:
+        """Where there is a second tier: take nothing new, and wait until what was begun is written; whether it all was. Not on the loop."""
+        opened = self._opened
+        if opened is None or opened.l2 is None:
+            return True
+        reply: Reply[bool] = Reply()
+        opened.posts.owe(Drain(time.monotonic() + timeout_s, reply))
+        try:
+            return reply.wait_sync(timeout_s + 0.1) is True
+        except PeerError:
+            return False
+
     def close(self) -> None:
         """Let `run` end once what was posted has been handled."""
         self.off_reason = self.off_reason or "closed"
         if self._opened is not None:
             self._opened.posts.close()
             self._opened.reports.close()
+
+    def node_statistics(self) -> dict[Node, NodeStatistics]:
+        """Of each node of the second tier; empty where there is none. As of now, from any thread."""
+        return self._opened.l2.statistics() if self._opened is not None and self._opened.l2 is not None else {}
 
     def statistics(self) -> L1Statistics | None:
         """As of now, read while the loop may be writing: figures of one moment, not of one instant."""
@@ -137,6 +226,9 @@ class HubRuntime:
                 if self._opened is None:
                     self._early_reset = message
                     return
+        elif isinstance(message, ResetCache) and self._opened is not None and self._opened.l2 is not None and not self._is_reset:
+            self._is_reset = True
+            log.warning("L2 off from here on: a reset may mean other weights than those that its blocks are known by; restart to use it")
         # Off or not: a load that was promised before is still reported, and L1 must know of it. Where nobody takes it out any more the
         # mailbox is closed, and drops it.
         if self._opened is not None:
@@ -166,3 +258,4 @@ class _Opened:
     reports: ThreadSender[ToL1Manager]
     core: L1Core
     manager: L1Manager
+    l2: L2Runtime | None

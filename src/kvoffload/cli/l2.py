@@ -1,0 +1,163 @@
+"""``kvoffload l2 ping | check | purge``: reach each node, prove that it keeps what it is given, or empty it."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import sys
+import time
+from collections.abc import Sequence
+from urllib.error import URLError
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
+
+import numpy as np
+
+from kvoffload.cli.table import human_bytes, human_seconds
+from kvoffload.config import Config, L2Settings
+from kvoffload.envelope import Envelope
+from kvoffload.errors import ConfigError, KVOffloadError
+from kvoffload.l2.node import Item, L2Node, NodeUnreachable, Outcome, value_name
+from kvoffload.l2.nodes import make_node
+from kvoffload.l2.ring import NodeAddress
+from kvoffload.layout import HEADER_BYTES
+from kvoffload.runtime.nodes_now import nodes_now
+
+TIMEOUT_S = 5.0
+CHECK_BLOCKS = 8
+CHECK_BYTES = 1 << 20
+
+
+def run_l2(command: str, *, backend: str | None, nodes: Sequence[str], manage_port: int, yes: bool) -> int:
+    """0 when every node did it; 1 when one did not; 2 when it was called wrongly."""
+    try:
+        settings = _settings(backend, nodes)
+        return asyncio.run(_run(command, settings, manage_port=manage_port, yes=yes))
+    except ConfigError as error:
+        print(f"kvoffload l2: {error}", file=sys.stderr)
+        return 2
+    except KVOffloadError as error:
+        print(f"kvoffload l2: {error}", file=sys.stderr)
+        return 1
+
+
+def _settings(backend: str | None, nodes: Sequence[str]) -> L2Settings:
+    """The settings of the environment, with what the command line says in place of theirs."""
+    extra: dict[str, object] = {}
+    environ = dict(os.environ)
+    if nodes:
+        extra["l2.nodes"] = list(nodes)
+        extra["l2.backend"] = backend or ("redis" if "://" in nodes[0] else "infinistore")
+        environ = {name: value for name, value in environ.items() if name not in ("KVOFFLOAD_L2_NODES", "KVOFFLOAD_L2_BACKEND")}
+        environ.pop("KVOFFLOAD_L2_MEMBERSHIP_URL", None)
+    elif backend is not None:
+        extra["l2.backend"] = backend
+        environ.pop("KVOFFLOAD_L2_BACKEND", None)
+    settings = Config.load(extra, environ).l2
+    if settings.backend == "off":
+        raise ConfigError("no nodes: give --node, or set KVOFFLOAD_L2_BACKEND and KVOFFLOAD_L2_NODES or KVOFFLOAD_L2_MEMBERSHIP_URL")
+    return settings
+
+
+async def _run(command: str, settings: L2Settings, *, manage_port: int, yes: bool) -> int:
+    addresses = await nodes_now(settings, TIMEOUT_S)
+    if not addresses:
+        print("kvoffload l2: the table names no node", file=sys.stderr)
+        return 1
+    if command == "purge" and not yes:
+        print(f"This empties {len(addresses)} nodes: {', '.join(address.name for address in addresses)}. Say --yes to do it.")
+        return 2
+    failed = 0
+    for address in addresses:
+        try:
+            print(f"  {address.name.ljust(24)} {await _one(command, address, settings, manage_port)}", flush=True)
+        except (NodeUnreachable, KVOffloadError) as error:
+            failed += 1
+            print(f"  {address.name.ljust(24)} FAILED: {error}", flush=True)
+    return 1 if failed else 0
+
+
+async def _one(command: str, address: NodeAddress, settings: L2Settings, manage_port: int) -> str:
+    if command == "purge":
+        return await _purge(address, settings, manage_port)
+    node = make_node(address, settings, HEADER_BYTES + CHECK_BYTES)
+    try:
+        if command == "ping":
+            await node.ping(time.monotonic() + TIMEOUT_S)  # connects
+            return f"answers in {human_seconds(await node.ping(time.monotonic() + TIMEOUT_S))}"
+        return await _check(node)
+    finally:
+        await node.close()
+
+
+async def _check(node: L2Node) -> str:
+    """Write blocks, read them back, verify them. Their keys are random: nobody asks for them, and they leave as others come."""
+    envelope = Envelope(secrets.token_bytes(24), CHECK_BYTES, secrets.token_bytes(32))
+    keys = [secrets.token_bytes(24) for _ in range(CHECK_BLOCKS)]
+    names = [value_name("check", key, 0) for key in keys]
+    slots = [np.frombuffer(bytearray(HEADER_BYTES) + secrets.token_bytes(CHECK_BYTES), dtype=np.uint8) for _ in keys]
+    for slot, key in zip(slots, keys, strict=True):
+        envelope.seal(slot, key)
+    await node.ping(time.monotonic() + TIMEOUT_S)
+    begun = time.monotonic()
+    written = await node.write([Item(name, slot.data) for name, slot in zip(names, slots, strict=True)], begun + TIMEOUT_S)
+    _expect("writing", written)
+    written_s = time.monotonic() - begun
+    found = await node.find(names, time.monotonic() + TIMEOUT_S)
+    if found != [True] * len(names):
+        raise NodeUnreachable(f"it took {len(names)} blocks and then had {sum(found or ())} of them: is it full, or shared with others?")
+    back = [np.zeros_like(slot) for slot in slots]
+    begun = time.monotonic()
+    _expect("reading", await node.read([Item(name, slot.data) for name, slot in zip(names, back, strict=True)], begun + TIMEOUT_S))
+    read_s = time.monotonic() - begun
+    faults = [fault for slot, key in zip(back, keys, strict=True) if (fault := envelope.verify(slot, key)) is not None]
+    if faults:
+        raise NodeUnreachable(f"{len(faults)} of {len(keys)} blocks came back altered ({faults[0].name}): nothing of this node can be used")
+    total = CHECK_BLOCKS * CHECK_BYTES
+    return (
+        f"{CHECK_BLOCKS} blocks of {human_bytes(CHECK_BYTES)} written, read back and verified: "
+        f"{human_bytes(int(total / written_s))}/s in, {human_bytes(int(total / read_s))}/s out"
+    )
+
+
+def _expect(what: str, outcomes: Sequence[Outcome]) -> None:
+    wrong = [outcome for outcome in outcomes if outcome is not Outcome.DONE]
+    if wrong:
+        hint = ": it is full (raise its memory, or let it evict)" if Outcome.FULL in wrong else ""
+        raise NodeUnreachable(f"{what} failed for {len(wrong)} of {len(outcomes)} blocks, {wrong[0].name}{hint}")
+
+
+async def _purge(address: NodeAddress, settings: L2Settings, manage_port: int) -> str:
+    host = urlsplit(address.url).hostname or ""
+    if address.url.startswith("infinistore:"):
+        return await asyncio.to_thread(_purge_infinistore, f"http://{f'[{host}]' if ':' in host else host}:{manage_port}/purge")
+    from redis.asyncio import Redis
+    from redis.exceptions import RedisError
+
+    client = Redis.from_url(address.url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S)
+    removed = 0
+    try:
+        pattern = f"kvo1:{settings.namespace}.*" if settings.namespace else "kvo1:*"
+        batch: list[bytes] = []
+        async for name in client.scan_iter(match=pattern, count=1000):
+            batch.append(name)
+            if len(batch) == 500:
+                removed += await client.unlink(*batch)
+                batch.clear()
+        if batch:
+            removed += await client.unlink(*batch)
+    except RedisError as error:
+        raise NodeUnreachable(f"{type(error).__name__} while purging") from error
+    finally:
+        await client.aclose()
+    return f"{removed} blocks removed"
+
+
+def _purge_infinistore(url: str) -> str:
+    """The server empties its whole map, others' values too; the memory comes back as it evicts."""
+    try:
+        with urlopen(Request(url, method="POST"), timeout=TIMEOUT_S) as answer:
+            return f"purged: {answer.read(200).decode(errors='replace')}"
+    except (URLError, OSError) as error:
+        raise NodeUnreachable(f"no answer from {url} ({error}): --manage-port is the server's HTTP port") from error

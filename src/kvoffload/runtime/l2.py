@@ -1,0 +1,128 @@
+"""The second tier of one hub: the membership actor, and a writer and a prefetcher for each node that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import anyio
+import anyio.abc
+
+from kvoffload.actors.l2_prefetcher import L2Prefetcher, PrefetcherConfig
+from kvoffload.actors.l2_writer import L2Writer, WriterConfig
+from kvoffload.actors.membership import Membership
+from kvoffload.config import L2Settings
+from kvoffload.envelope import Envelope
+from kvoffload.errors import KVOffloadError
+from kvoffload.l2.node import L2Node
+from kvoffload.l2.nodes import make_node
+from kvoffload.l2.ring import NodeAddress
+from kvoffload.l2.transfers import SlotBuffers, Turns
+from kvoffload.layout import HEADER_BYTES
+from kvoffload.mailbox import Receiver
+from kvoffload.messages import BlocksFound, FromL2, Node, NodesChanged, ToL2Prefetcher, ToL2Writer, TransfersSettled
+from kvoffload.observe.logs import get_logger
+from kvoffload.runtime.node_actors import Life, NodeActors, NodeState, NodeStatistics
+from kvoffload.runtime.shared import Shared
+from kvoffload.supervisor import Child, RestartPolicy, Supervisor
+
+log = get_logger("l2")
+
+MakeNode = Callable[[NodeAddress, L2Settings, int], L2Node]
+
+
+class L2Runtime:
+    """Runs on the hub's loop; all calls are made there.
+
+    Owns: Membership and the nodes' actors. Receives: `NodesChanged`; `to_prefetcher` and `to_writer` from L1Manager. Sends: what nodes
+    answer, and the table, to ``deliver``. Ends: when cancelled.
+    """
+
+    def __init__(
+        self, settings: L2Settings, shared: Shared, deliver: Callable[[FromL2 | NodesChanged], None], make: MakeNode = make_node
+    ) -> None:
+        self._settings = settings
+        self._deliver = deliver
+        self._make = make
+        self._value_bytes = HEADER_BYTES + shared.payload_bytes
+        digest = shared.digest()
+        secret = settings.secret.get_secret_value().encode() if settings.secret is not None else None
+        self._envelope = Envelope(digest, shared.payload_bytes, secret)
+        # Engines that differ in nothing but their layout have the same keys, and must not take each other's values for their own.
+        self._names = f"{settings.namespace}.{digest[:6].hex()}"
+        self._slots = SlotBuffers(shared.segments, shared.payload_bytes)
+        self._nodes: dict[Node, NodeActors] = {}
+        self._tasks: anyio.abc.TaskGroup | None = None
+        self.membership = Membership(settings.membership, settings.backend, settings.nodes, self._change)
+
+    async def run(self) -> None:
+        try:
+            async with anyio.create_task_group() as self._tasks:
+                await Supervisor([Child("membership", self.membership.run, RestartPolicy(restarts=None))]).run()
+        finally:
+            self._tasks = None
+            self._nodes.clear()
+
+    def to_prefetcher(self, node: Node, message: ToL2Prefetcher) -> bool:
+        """False: refused, there is no such node or it is behind."""
+        actors = self._nodes.get(node)
+        return actors is not None and actors.prefetcher.offer(message)
+
+    def to_writer(self, node: Node, message: ToL2Writer) -> bool:
+        """False: refused, there is no such node or it is behind."""
+        actors = self._nodes.get(node)
+        return actors is not None and actors.writer.offer(message)
+
+    def statistics(self) -> dict[Node, NodeStatistics]:
+        """Of the nodes of now. Live objects, to be read only; from any thread."""
+        return {name: actors.state.statistics() for name, actors in list(self._nodes.items())}
+
+    def _change(self, changed: NodesChanged) -> None:
+        """Another table: nodes come and go, and L1 hears of it after that. A node at another address is another node."""
+        wanted = {address.name: address for address in changed.ring.nodes}
+        for name, actors in list(self._nodes.items()):
+            if wanted.get(name) != actors.address:
+                del self._nodes[name]
+                actors.leave()
+        for name, address in wanted.items():
+            if name not in self._nodes:
+                self._join(address)
+        self._deliver(changed)
+
+    def _join(self, address: NodeAddress) -> None:
+        assert self._tasks is not None
+        try:
+            node = self._make(address, self._settings, self._value_bytes)
+        except KVOffloadError as error:
+            log.error("node left out: its blocks are misses", node=address.name, reason=str(error))
+            return
+        actors = self._actors(address, node)
+        self._nodes[address.name] = actors
+        self._tasks.start_soon(actors.run, name=f"kvoffload-node-{address.name}")
+
+    def _actors(self, address: NodeAddress, node: L2Node) -> NodeActors:
+        settings, slots, envelope = self._settings, self._slots, self._envelope
+        state, turns = NodeState(), Turns()
+        reads = PrefetcherConfig(self._names, address.name, inflight_bytes=settings.inflight_bytes)
+        writes = WriterConfig(
+            self._names,
+            address.name,
+            inflight_bytes=settings.inflight_bytes,
+            timeout_s=settings.write_timeout_ms / 1e3,
+            queue_blocks=settings.write_queue_blocks,
+        )
+
+        def prefetcher(receiver: Receiver[ToL2Prefetcher]) -> L2Prefetcher:
+            return L2Prefetcher(node, state.reading, receiver, self._report, slots, envelope, reads, turns=turns, statistics=state.reads)
+
+        def writer(receiver: Receiver[ToL2Writer]) -> L2Writer:
+            return L2Writer(node, state.writing, receiver, self._report, slots, envelope, writes, turns=turns, statistics=state.writes)
+
+        lives = Life(f"l2_prefetcher.{address.name}", prefetcher), Life(f"l2_writer.{address.name}", writer)
+        return NodeActors(address, node, state, *lives)
+
+    def _report(self, message: FromL2) -> None:
+        if isinstance(message, TransfersSettled) or (message.found if isinstance(message, BlocksFound) else not message.failed):
+            self._deliver(message)
+            return
+        self.membership.trouble()  # the table may know more
+        self._deliver(message)
