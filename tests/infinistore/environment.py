@@ -47,7 +47,7 @@ def prepare(home: Path = HOME) -> Environment:
         home.mkdir(parents=True, exist_ok=True)
         with open(home.with_suffix(".lock"), "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            return Environment(python=_installed(home), libverbs=_built(home))
+            return Environment(python=_installed(home), libverbs=built(home))
     except OSError as error:
         raise NotRun(f"{home} cannot be made: {error}") from error
 
@@ -65,8 +65,8 @@ def _installed(home: Path) -> Path:
     return python
 
 
-def _built(home: Path) -> Path:
-    """The library's name has the digest of what it was built from, so that an older one is never taken."""
+def built(home: Path) -> Path:
+    """The stand-in, from `verbs.c`. The library's name has the digest of what it was built from, so that an older one is never taken."""
     sources = [HERE / "verbs.c", HERE / "verbs.map"]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in sources)).hexdigest()[:12]
     library = home / f"verbs-{digest}.so"

@@ -8,15 +8,32 @@ import pytest
 from tests.infinistore.environment import Environment, NotRun, prepare
 from tests.infinistore.server import InfiniStoreServer
 
-__all__ = ["infinistore_environment", "infinistore_prepared", "infinistore_server", "infinistore_session", "infinistore_shared"]
+__all__ = [
+    "infinistore_environment",
+    "infinistore_prepared",
+    "infinistore_server",
+    "infinistore_session",
+    "infinistore_shared",
+    "pytest_collection_finish",
+]
+
+PREPARED = pytest.StashKey[Environment | NotRun]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Its environment may take a minute to make, once: done here, before any test's timeout begins."""
+    wanted = any("infinistore_prepared" in getattr(item, "fixturenames", ()) for item in session.items)
+    if not wanted or session.config.option.collectonly or PREPARED in session.config.stash:
+        return
+    try:
+        session.config.stash[PREPARED] = prepare()
+    except NotRun as reason:
+        session.config.stash[PREPARED] = reason
 
 
 @pytest.fixture(scope="session")
-def infinistore_prepared() -> Environment | NotRun:
-    try:
-        return prepare()
-    except NotRun as reason:
-        return reason
+def infinistore_prepared(pytestconfig: pytest.Config) -> Environment | NotRun:
+    return pytestconfig.stash[PREPARED]
 
 
 @pytest.fixture

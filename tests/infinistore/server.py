@@ -71,6 +71,7 @@ class InfiniStoreServer:
     def start(self, *, port: int | None = None) -> None:
         """On ``port``, or on a free one. Raises ServerFailed."""
         assert not self.is_alive, "it runs already"
+        self._end()
         for _ in range(3):  # a free port may be somebody else's by the time the server binds it
             self.port, self._manage_port = port or free_port(), free_port()
             self._launch()
@@ -79,7 +80,7 @@ class InfiniStoreServer:
             self._end()
             if port is not None:
                 break
-        raise ServerFailed(f"the InfiniStore server on port {self.port} did not answer within {READY_S:.0f} s; its log:\n{self.log}")
+        raise ServerFailed(f"the InfiniStore server on port {self.port} did not become ready within {READY_S:.0f} s; its log:\n{self.log}")
 
     def kill(self) -> None:
         """SIGKILL. What it stored is gone, its connections are reset."""
@@ -129,11 +130,9 @@ class InfiniStoreServer:
         pages = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
 
-    def wait_until_dead(self, timeout_s: float = 10.0) -> int:
-        """For tests that show what kills it: the return code. Raises subprocess.TimeoutExpired."""
-        code = self._running().wait(timeout_s)
-        self._killed = True
-        return code
+    def wait(self, timeout_s: float = 10.0) -> int:
+        """Until it ended by itself: the return code. Raises subprocess.TimeoutExpired."""
+        return self._running().wait(timeout_s)
 
     def _launch(self) -> None:
         ports = ("--service-port", str(self.port), "--manage-port", str(self._manage_port))
