@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import shutil
+import ssl
+import subprocess
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import anyio
 import pytest
@@ -14,7 +19,7 @@ from tests.l2.test_nodes_table import MALFORMED
 from kvoffload.actors.membership import Membership
 from kvoffload.config import MembershipSettings
 from kvoffload.l2.nodes_table import MOST_BYTES
-from kvoffload.l2.table_source import RedisTable
+from kvoffload.l2.table_source import RedisTable, Scrubber
 from kvoffload.messages import NodesChanged
 from kvoffload.testing.cancel import cancel_at_every_checkpoint
 from kvoffload.testing.valkey import ValkeyServer, free_port
@@ -205,3 +210,60 @@ async def clients(server: ValkeyServer) -> int:
 
     async with Redis.from_url(server.url, protocol=2) as asking:
         return len(await asking.client_list())
+
+
+@pytest.mark.parametrize("url", ["redis://me:p%40ss%2Fw@h:1/2", "redis://h:1?password=p%40ss%2Fw", "rediss://:p%40ss%2Fw@h"])
+def test_foreign_texts_lose_the_password_however_it_is_written(url: str) -> None:
+    scrubbed = Scrubber(quick(url))(f"cannot reach {url} with p@ss/w or p%40ss%2Fw: refused")
+    assert "p@ss" not in scrubbed
+    assert "p%40ss" not in scrubbed
+    assert scrubbed.startswith("cannot reach ***")
+    assert scrubbed.endswith(": refused")
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> Path:
+    """A certificate for 127.0.0.1, signed by itself; its key is beside it."""
+    if shutil.which("openssl") is None:
+        pytest.skip("makes a certificate with openssl, which is not here")
+    path = tmp_path / "certificate"
+    asked = ["-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2", "-subj", "/CN=test"]
+    files = ["-keyout", str(path.with_suffix(".key")), "-out", str(path)]
+    made = ["openssl", "req", *asked, "-addext", "subjectAltName=IP:127.0.0.1", *files]
+    subprocess.run(made, check=True, capture_output=True, timeout=30)
+    return path
+
+
+@pytest.mark.asyncio
+async def test_tls_and_password_come_from_the_url(server: ValkeyServer, certificate: Path) -> None:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, certificate.with_suffix(".key"))
+    put(server, ONE)
+    async with await asyncio.start_server(lambda *ends: forward(server.port, *ends), "127.0.0.1", 0, ssl=context) as front:
+        port = front.sockets[0].getsockname()[1]
+        trusting = Live(quick(f"rediss://:hunter2secret@127.0.0.1:{port}?ssl_ca_certs={certificate}", timeout_ms=2000))
+        async with trusting.running():
+            await trusting.until_names("a")
+        doubting = Live(quick(f"rediss://:hunter2secret@127.0.0.1:{port}", timeout_ms=2000))
+        async with doubting.running():
+            await doubting.until_error("CERTIFICATE_VERIFY_FAILED")
+    plain = Live(quick(f"rediss://:hunter2secret@127.0.0.1:{server.port}"))
+    async with plain.running():
+        await plain.until(lambda: plain.membership.statistics().failures > 1)
+
+
+async def forward(port: int, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """TLS in front, the server behind: the bundled one has none."""
+    behind_reader, behind_writer = await asyncio.open_connection("127.0.0.1", port)
+
+    async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
+        try:
+            while data := await source.read(1 << 16):
+                sink.write(data)
+                await sink.drain()
+        except OSError:
+            pass  # the other end went away, as it does in the end
+        finally:
+            sink.close()
+
+    await asyncio.gather(pump(reader, behind_writer), pump(behind_reader, writer))

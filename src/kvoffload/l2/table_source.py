@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from types import ModuleType
 from typing import Any, Protocol
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import unquote, unquote_plus, urlsplit
 
 from kvoffload.config import MembershipSettings
 from kvoffload.errors import PeerError, UnsupportedError
@@ -97,11 +97,12 @@ class Scrubber:
         secrets = {url}
         try:
             parts = urlsplit(url)
-            given = [parts.password or "", *parse_qs(parts.query).get("password", ())]
+            options = [option.partition("=") for option in parts.query.split("&")]
+            given = [parts.password or "", *(value for name, _, value in options if name.endswith("password"))]
         except ValueError:
             given = []
         for password in given:
-            secrets |= {password, unquote(password)}
+            secrets |= {password, unquote(password), unquote_plus(password)}
         self._secrets = sorted(secrets - {""}, key=len, reverse=True)
 
     def __call__(self, text: str) -> str:
