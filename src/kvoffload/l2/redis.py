@@ -119,15 +119,17 @@ class RedisNode:
         where = f"node {self._name}, {self._at(self._seed)}"
         if self._is_closed:
             raise NodeUnreachable(f"{where}: the client is closed")
+        if self._clock() >= deadline:
+            raise NodeUnreachable(f"{where}: not asked, the deadline had passed: give it longer")
         call = Call()
         piece = Ping(call)
         pool = self._pool(self._seed)
         started = self._clock()
         in_time = await self._perform(call, [(pool, [piece])], deadline, is_urgent=True)
         seconds = self._clock() - started
-        if piece.answer == b"+PONG":
+        if piece.answer == b"+PONG" and in_time:
             return seconds
-        if piece.answer:
+        if piece.answer not in (b"", b"+PONG"):
             raise NodeUnreachable(f"{where} answered {piece.answer[1:].decode(errors='replace')!r} to PING")
         if not in_time:
             connected = "connected, but did not answer" if piece.has_begun else "could not be connected"
