@@ -71,12 +71,18 @@ class Rig(Generic[ToActor]):
         self.breaker = Breaker(chance=lambda: 0.5)
         self.turns = Turns()
         self.out: list[FromL2] = []
+        self.unclear: list[int] = []
+        """Slots that still had a header when they were reported as of no use, or settled."""
         self._said = anyio.Event()
         self.sender: Sender[ToActor]
         self.receiver: Receiver[ToActor]
         self.sender, self.receiver = open_mailbox("l2", 100, OnFull.REFUSE, clock=anyio.current_time)
 
     def report(self, message: FromL2) -> None:
+        if isinstance(message, FetchFinished):
+            self.unclear += [slot for slot in (*message.failed, *message.absent) if not (self.is_clear(slot) or self.is_untouched(slot))]
+        elif isinstance(message, TransfersSettled):
+            self.unclear += [slot for slot in message.slots if not self.is_clear(slot)]
         self.out.append(message)
         self._said.set()
 

@@ -165,6 +165,10 @@ def other_rank(rig: PrefetcherRig) -> None:
     rig.node.store.values[rig.name(1, 0)] = rig.value(1, rank=1)
 
 
+def last_rank(rig: PrefetcherRig) -> None:
+    rig.node.store.values[rig.name(1, 1)] = rig.value(1, rank=0)
+
+
 def other_secret(rig: PrefetcherRig) -> None:
     rig.node.store.values[rig.name(1, 0)] = rig.value(1, secret=b"forged")
 
@@ -178,6 +182,7 @@ FAULTS: dict[str, tuple[Callable[[PrefetcherRig], None], Fault | None]] = {
     "half of it came": (lambda rig: rig.node.fail_name("read", rig.name(1), NodeFault.TRUNCATED), Fault.TAG),
     "another key's value": (lambda rig: rig.node.fail_name("read", rig.name(1), NodeFault.OTHER_KEY), Fault.KEY),
     "another rank's part": (other_rank, Fault.RANK),
+    "another rank's part, of the last rank": (last_rank, Fault.RANK),
     "sealed with a secret": (other_secret, Fault.FLAGS),
     "never sealed": (never_sealed, Fault.MAGIC),
 }
@@ -192,6 +197,7 @@ async def test_what_is_not_proven_is_not_fetched(rigs: list[PrefetcherRig], what
     rig.post(fetch(1, 0, 1, 2))
     actor = await run_to_end(rig)
     assert rig.answer() == FetchFinished(1, NODE, (0, 2), (), (1,))
+    assert rig.unclear == []
     assert rig.is_clear(1), "of both ranks, the good part as well"
     assert rig.holds(0, 0)
     assert sum(actor.statistics.faults.values()) == 1
@@ -237,6 +243,7 @@ async def test_unsettled_slots_are_reported_twice_and_pass_for_nothing(rigs: lis
         await rig.until(lambda: bool(rig.settled()))
         assert rig.out[-1] == TransfersSettled(1, NODE, (1,))
         assert rig.is_clear(1)
+        assert rig.unclear == [], "and it was when that was said"
         rig.sender.close()
     assert rig.holds(0, 0)
     assert rig.holds(2, 2)

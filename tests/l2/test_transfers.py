@@ -85,7 +85,7 @@ async def test_a_long_batch_lets_others_run(segments: list[Segment]) -> None:
         parts = await parts_of(SlotBuffers(segments, 1000), [0] * 500, KEYS[:1] * 500)
         tasks.cancel_scope.cancel()
     assert len(parts) == 1000
-    assert turns >= 6
+    assert turns >= 3
 
 
 @pytest.mark.parametrize(

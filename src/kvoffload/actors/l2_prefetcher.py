@@ -16,7 +16,7 @@ from kvoffload.errors import InternalError
 from kvoffload.l2.breaker import Breaker, overall
 from kvoffload.l2.budget import ByteBudget, Ticket
 from kvoffload.l2.node import L2Node, Outcome
-from kvoffload.l2.transfers import SlotBuffers, Turns, by_block, items_of, names_of, parts_of
+from kvoffload.l2.transfers import SlotBuffers, Turns, by_block, is_all_done, items_of, names_of, parts_of
 from kvoffload.l2.under_way import OpenBatches, Unsettled
 from kvoffload.mailbox import EndOfMailbox, Receiver
 from kvoffload.messages import Batch, BlocksFound, Drain, FetchBlocks, FetchFinished, FindBlocks, FromL2, Node, ToL2Prefetcher
@@ -195,7 +195,8 @@ class L2Prefetcher:
     def _record(self, outcomes: Sequence[Outcome], begun: float) -> float:
         """Tell the breaker; seconds since ``begun``."""
         now = self._clock()
-        self._breaker.record(overall(outcomes), now - begun, now, len(outcomes))
+        outcome = Outcome.DONE if is_all_done(outcomes) else overall(outcomes)
+        self._breaker.record(outcome, now - begun, now, len(outcomes))
         return now - begun
 
     # ------------------------------------------------------------ fetching
@@ -244,15 +245,20 @@ class L2Prefetcher:
         except BaseException:
             self._record([Outcome.FAILED], begun)
             raise
-        self.statistics.outcomes.update(outcomes)
+        if is_all_done(outcomes):
+            self.statistics.outcomes[Outcome.DONE] += len(outcomes)
+        else:
+            self.statistics.outcomes.update(outcomes)
         return self._record(outcomes, begun)
 
     async def _verify(self, fetch: FetchBlocks, parts: Sequence[Part], outcomes: list[Outcome], seconds: float) -> FetchFinished:
-        ranks = self._slots.ranks
+        name, ranks = self._config.name, self._slots.ranks
         blocks = by_block(outcomes, ranks)
         whole = [index for index, outcome in enumerate(blocks) if outcome is Outcome.DONE]
         came = [part for index in whole for part in parts[index * ranks : (index + 1) * ranks]]
         faults = await anyio.to_thread.run_sync(self._envelope.verify_all, came, limiter=self._hashing) if came else []
+        if len(whole) == len(blocks) and faults.count(None) == len(faults):
+            return FetchFinished(fetch.batch, name, fetch.slots, (), (), (), seconds)
         self.statistics.faults.update(fault for fault in faults if fault is not None)
         for place, index in enumerate(whole):
             if any(fault is not None for fault in faults[place * ranks : (place + 1) * ranks]):
@@ -261,7 +267,7 @@ class L2Prefetcher:
         for slot, outcome in zip(fetch.slots, blocks, strict=True):
             by_result[_RESULT.get(outcome, _FAILED)].append(slot)
         fetched, absent, failed, unsettled = map(tuple, by_result)
-        return FetchFinished(fetch.batch, self._config.name, fetched, absent, failed, unsettled, seconds)
+        return FetchFinished(fetch.batch, name, fetched, absent, failed, unsettled, seconds)
 
     # ------------------------------------------------------------ answers
 

@@ -269,10 +269,9 @@ class L2Writer:
                 self._drop_queue()
         finally:
             reply.answer(is_done)
-        await self._unsettled.settle()  # of batches that were cut short
 
     def _drop_queue(self) -> None:
-        """Those that wait have failed."""
+        """Those that wait have failed. Slices start in order, so a batch that ends here had none that began, or unsettled slots."""
         while self._queue:
             piece = self._queue.popleft()
             self._queued_blocks -= len(piece.slots)
