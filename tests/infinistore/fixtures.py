@@ -57,9 +57,10 @@ def infinistore_session(infinistore_prepared: Environment | NotRun) -> Iterator[
 def infinistore_shared(infinistore_session: InfiniStoreServer | None, infinistore_environment: Environment) -> Iterator[InfiniStoreServer]:
     """One server for the whole session, emptied before each test; not to be killed or frozen."""
     assert infinistore_session is not None
-    if not infinistore_session.is_alive:  # the test that ended it has failed already
+    try:
+        infinistore_session.purge()
+    except OSError:  # the test that ended or froze it has failed already
         infinistore_session.restart(same_port=False)
-    infinistore_session.purge()
     yield infinistore_session
     infinistore_session.check()
 

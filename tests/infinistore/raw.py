@@ -6,7 +6,7 @@ import socket
 import struct
 from collections.abc import Sequence
 
-import flatbuffers  # type: ignore[import-untyped]
+import flatbuffers
 from tests.infinistore.server import InfiniStoreServer
 
 STORED, MISSING, NO_ROOM = 200, 404, 507

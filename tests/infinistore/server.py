@@ -134,6 +134,12 @@ class InfiniStoreServer:
         """Until it ended by itself: the return code. Raises subprocess.TimeoutExpired."""
         return self._running().wait(timeout_s)
 
+    def expect_end(self, timeout_s: float = 10.0) -> int:
+        """As `wait`, for a test that meant to end it."""
+        code = self.wait(timeout_s)
+        self._killed = True
+        return code
+
     def _launch(self) -> None:
         ports = ("--service-port", str(self.port), "--manage-port", str(self._manage_port))
         pool = ("--prealloc-size", str(self._pool_gb), "--minimal-allocate-size", str(self._allocation_kb))
