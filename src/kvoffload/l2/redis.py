@@ -15,7 +15,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 import anyio
 from redis import ConnectionPool
@@ -59,11 +58,11 @@ class RedisNode:
         self._connections = connections
         self._connect_timeout_s = connect_timeout_s
         self._clock = clock
-        parts = urlsplit(url)
-        self._is_cluster = parts.scheme.endswith("+cluster")
+        scheme, colon, rest = url.partition(":")
+        self._is_cluster = scheme.endswith("+cluster")
         try:
             pool = ConnectionPool.from_url(
-                parts._replace(scheme=parts.scheme.removesuffix("+cluster")).geturl(),
+                scheme.removesuffix("+cluster") + colon + rest,
                 protocol=2,
                 socket_timeout=connect_timeout_s,  # of the handshake
                 socket_connect_timeout=connect_timeout_s,
