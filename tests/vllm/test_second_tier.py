@@ -5,24 +5,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from tests.infinistore.environment import Environment, NotRun
 from tests.vllm.harness import engine
 from tests.vllm.outputs import assert_same
 from tests.vllm.plain import Plain
 from tests.vllm.prompts import prompt, prompts
-from tests.vllm.second_tier import found_by, share, sharing_config
+from tests.vllm.second_tier import Node, StartNodes, found_by, real_nodes, share, sharing_config
 
 from kvoffload.testing.valkey import ValkeyServer
 
 
-@pytest.fixture
-def valkey() -> Iterator[ValkeyServer]:
-    with ValkeyServer() as server:
-        yield server
+@pytest.fixture(params=["redis", "infinistore"])
+def nodes(request: pytest.FixtureRequest, infinistore_prepared: Environment | NotRun) -> Iterator[StartNodes]:
+    if request.param == "infinistore" and isinstance(infinistore_prepared, NotRun):
+        pytest.skip(f"InfiniStore server not run: {infinistore_prepared}")
+    with real_nodes(request.param, infinistore_prepared) as start:
+        yield start
 
 
-def test_a_later_engine_has_what_an_earlier_one_computed(plain: Plain, valkey: ValkeyServer) -> None:
+def test_a_later_engine_has_what_an_earlier_one_computed(plain: Plain, nodes: StartNodes) -> None:
     asked = prompts([31, 33, 64, 97, 200, 330], "later")
-    config = sharing_config("redis", [valkey.url])
+    [node] = nodes(1)
+    config = sharing_config([node])
     with engine(transfer=config) as first:
         assert_same(plain.generate(asked), first.generate(asked))
         first.flush()
@@ -30,41 +34,44 @@ def test_a_later_engine_has_what_an_earlier_one_computed(plain: Plain, valkey: V
     with engine(transfer=config) as second:
         found_by(second, plain, asked, kv)
         # Its own L1 has them now, whatever becomes of the node.
-        valkey.kill()
+        node.kill()
         second.forget()
         found_by(second, plain, asked, kv)
 
 
-def test_engines_side_by_side_share_both_ways(plain: Plain, valkey: ValkeyServer) -> None:
-    config = sharing_config("redis", [valkey.url])
+def test_engines_side_by_side_share_both_ways(plain: Plain, nodes: StartNodes) -> None:
+    [node] = nodes(1)
+    config = sharing_config([node])
     with engine(processes=3, transfer=config) as there, engine(transfer=config) as here:
         share(there, here, plain, prompts([130, 70, 250], "from there"))
         share(here, there, plain, prompts([140, 65, 260], "from here"))
 
 
-def test_what_differs_in_one_thing_is_not_shared(plain: Plain, valkey: ValkeyServer) -> None:
+def test_what_differs_in_one_thing_is_not_shared(plain: Plain, nodes: StartNodes) -> None:
     asked = [prompt(200, "differs")]
-    with engine(transfer=sharing_config("redis", [valkey.url])) as first:
+    there = nodes(2)
+    with engine(transfer=sharing_config(there)) as first:
         first.generate(asked)
         first.flush()
     others = [{"namespace": "another"}, {"secret": "a secret of sixteen and more"}]
     for other in others:
-        with engine(transfer=sharing_config("redis", [valkey.url], **other)) as second:
+        with engine(transfer=sharing_config(there, **other)) as second:
             found = second.generate(asked)
             assert_same(plain.generate(asked), found)
             assert [output.cached for output in found] == [0]
 
 
-def test_altered_values_are_misses(plain: Plain, valkey: ValkeyServer) -> None:
-    """A node that lies: a flipped bit in each value, and values under each other's names."""
+def test_altered_values_are_misses(plain: Plain) -> None:
+    """A node that lies: a flipped bit in every other value, and two values under each other's names."""
     import redis
 
     asked = prompts([200, 170], "altered")
-    config = sharing_config("redis", [valkey.url])
-    with engine(transfer=config) as first:
-        first.generate(asked)
-        first.flush()
-    with redis.Redis.from_url(valkey.url) as client:
+    with ValkeyServer() as server:
+        config = sharing_config([Node("redis", server)])
+        with engine(transfer=config) as first:
+            first.generate(asked)
+            first.flush()
+        client = redis.Redis.from_url(server.url)
         names = sorted(client.keys("kvo1:*"))
         assert len(names) == 6 + 5
         for name in names[::2]:
@@ -75,46 +82,45 @@ def test_altered_values_are_misses(plain: Plain, valkey: ValkeyServer) -> None:
         mine, theirs = client.get(one), client.get(other)
         client.set(one, theirs)
         client.set(other, mine)
-    with engine(transfer=config) as second:
-        assert_same(plain.generate(asked), second.generate(asked))
-        second.flush()
-        second.forget()
-        assert_same(plain.generate(asked), second.generate(asked))
+        client.close()
+        with engine(transfer=config) as second:
+            assert_same(plain.generate(asked), second.generate(asked))
+            assert second.l1().remote.totals.failed > 0
+            second.forget()
+            found_by(second, plain, asked)  # from its own L1: what it computed instead
 
 
-def test_nodes_come_and_go_under_load(plain: Plain) -> None:
+def test_nodes_come_and_go_under_load(plain: Plain, nodes: StartNodes) -> None:
     """Three nodes of which one at a time is killed, restarted empty, or frozen, while an engine whose L1 churns serves."""
     asked = prompts([200, 150, 330, 97, 260, 180, 220, 140], "load")
     expected = plain.generate(asked, 4)
-    with ValkeyServer() as one, ValkeyServer() as two, ValkeyServer() as three:
-        config = sharing_config(
-            "redis", [one.url, two.url, three.url], deadline_base_ms=200, deadline_most_ms=200, connect_timeout_ms=200, write_timeout_ms=500
-        )
-        config["kv_connector_extra_config"]["l1"] = {"capacity_bytes": 40 << 20}
-        with engine(transfer=config, num_gpu_blocks_override=64) as served:
-            happenings = [
-                one.kill,
-                two.freeze,
-                one.restart,
-                three.kill,
-                two.thaw,
-                three.restart,
-                one.freeze,
-                two.kill,
-                one.thaw,
-                two.restart,
-            ]
-            for turn, happens in enumerate(happenings):
-                happens()
-                for again in range(2):
-                    assert_same(expected, served.generate(asked, 4))
-                    served.drop_engine_cache()
-                    served.noise(turn * 2 + again)
-            served.flush()
-            before = served.l1().remote.totals.written
-            fresh = prompts([200, 150], "after all that")
-            assert_same(plain.generate(fresh, 4), served.generate(fresh, 4))
-            served.flush()
-            assert served.l1().remote.totals.written > before  # service resumed by itself
-            assert served.connector.off_reason is None
-            served.assert_nothing_leaked()
+    one, two, three = there = nodes(3)
+    config = sharing_config(there, deadline_base_ms=200, deadline_most_ms=200, connect_timeout_ms=200, write_timeout_ms=500)
+    config["kv_connector_extra_config"]["l1"] = {"capacity_bytes": 40 << 20}
+    with engine(transfer=config, num_gpu_blocks_override=64) as served:
+        happenings = [
+            one.kill,
+            two.freeze,
+            one.restart,
+            three.kill,
+            two.thaw,
+            three.restart,
+            one.freeze,
+            two.kill,
+            one.thaw,
+            two.restart,
+        ]
+        for turn, happens in enumerate(happenings):
+            happens()
+            for again in range(2):
+                assert_same(expected, served.generate(asked, 4))
+                served.drop_engine_cache()
+                served.noise(turn * 2 + again)
+        served.flush()
+        before = served.l1().remote.totals.written
+        fresh = prompts([200, 150], "after all that")
+        assert_same(plain.generate(fresh, 4), served.generate(fresh, 4))
+        served.flush()
+        assert served.l1().remote.totals.written > before  # service resumed by itself
+        assert served.connector.off_reason is None
+        served.assert_nothing_leaked()
