@@ -44,7 +44,8 @@ REQUEST, REQUEST_BYTES, VALUE, VALUE_BYTES, SECOND, SECOND_BYTES, NONCE, CELL = 
 """Columns of a plan: addresses, but for `NONCE`, the nonce's place in the arena, and `CELL`, unused by writes.
 
 Read: `REQUEST` is the get of the pointer, `SECOND` the get of the value whose nonce is to be filled in, `CELL` where the pointer goes.
-Write: `REQUEST` is the put of the value, `SECOND` that of the pointer, its value with it. ``VALUE``: the caller's bytes.
+Write: `REQUEST` is the put of the value, `SECOND` that of the pointer, its value with it, and right behind it in memory the next
+`REQUEST`. ``VALUE``: the caller's bytes.
 """
 PLAN_COLUMNS = 8
 
@@ -186,6 +187,27 @@ def _quick_ack(fd: int, control: Any) -> None:
 
 
 @register_jitable
+def _receive_head(fd: int, control: Any) -> Any:
+    """The code of a get's answer, and where there is a value its length: it may be all the answer, so not one byte more is waited for."""
+    while control[OFFSET] < 4 or (control[OFFSET] < 8 and _word32(_at(control, REPLY)) == _FINISHED):
+        if not _slice(fd, control):
+            return EXPIRED
+        got = _recv(fd, _at(control, REPLY) + control[OFFSET], 8 - control[OFFSET], 0)
+        if got > 0:
+            control[OFFSET] += got
+        elif got == 0 or _failed(control):
+            return CLOSED
+    code = _word32(_at(control, REPLY))
+    if code == _ABSENT and control[OFFSET] == 4:
+        control[PHASE] = control[OFFSET] = 0
+        return MISSING
+    if code != _FINISHED or _word32(_at(control, REPLY) + 4) < 0:
+        return NONSENSE
+    _next_phase(control)
+    return OK
+
+
+@register_jitable
 def _get(fd: int, request: int, request_bytes: int, into: int, into_bytes: int, scratch: int, control: Any) -> Any:
     """One get. `OK`, `MISSING` and `OTHER_SIZE` leave nothing outstanding."""
     if control[PHASE] == 0:
@@ -199,24 +221,11 @@ def _get(fd: int, request: int, request_bytes: int, into: int, into_bytes: int, 
     if control[PHASE] == 1:
         if control[OFFSET] == 0:
             _quick_ack(fd, control)
-        status = _receive_all(fd, _at(control, REPLY), 4, control)
+        status = _receive_head(fd, control)
         if status != OK:
             return status
-        code = _word32(_at(control, REPLY))
-        if code == _ABSENT:
-            control[PHASE] = 0
-            return MISSING
-        if code != _FINISHED:
-            return NONSENSE
-    if control[PHASE] == 2:
-        status = _receive_all(fd, _at(control, REPLY) + 4, 4, control)
-        if status != OK:
-            return status
-    if control[OFFSET] == 0:
         _quick_ack(fd, control)
     size = _word32(_at(control, REPLY) + 4)
-    if size < 0:
-        return NONSENSE
     if size == into_bytes and control[DISCARD] == 0:
         status = _receive_all(fd, into, into_bytes, control)
     else:
@@ -225,36 +234,6 @@ def _get(fd: int, request: int, request_bytes: int, into: int, into_bytes: int, 
         return status
     control[PHASE] = 0
     return OK if size == into_bytes else OTHER_SIZE
-
-
-@register_jitable
-def _put(fd: int, request: int, request_bytes: int, value: int, value_bytes: int, control: Any) -> Any:
-    """One put; ``value_bytes`` is 0 where the value is part of the request. `OK`: it is stored. After `REFUSED` the server hangs up."""
-    if control[PHASE] == 0:
-        if control[OFFSET] == 0:
-            status = _look(fd, control)
-            if status != OK:
-                return status
-        # A request and its value go out together; a pointer is one send into an empty queue, so it is one segment and one read there.
-        status = _send_all(fd, request, request_bytes, _MORE if value_bytes > 0 else 0, control)
-        if status != OK:
-            return status
-    if control[PHASE] == 1:
-        status = _send_all(fd, value, value_bytes, 0, control)
-        # Having no room the server says so, takes the value for requests, and hangs up: what it said is still to be read.
-        if status == CLOSED and _recv(fd, _at(control, REPLY), 4, _DONTWAIT) == 4 and _word32(_at(control, REPLY)) == _FULL:
-            return REFUSED
-        if status != OK:
-            return status
-        _quick_ack(fd, control)
-    status = _receive_all(fd, _at(control, REPLY), 4, control)
-    if status != OK:
-        return status
-    control[PHASE] = 0
-    code = _word32(_at(control, REPLY))
-    if code == _FINISHED:
-        return OK
-    return REFUSED if code == _FULL else NONSENSE
 
 
 def _ask(fd: int, requests: int, requests_bytes: int, answers: int, answers_bytes: int, control: Any) -> Any:
@@ -317,29 +296,75 @@ def _read(fd: int, plan: Any, arena: Any, cells: Any, scratch: int, outcomes: An
     return OK
 
 
-def _write(fd: int, plan: Any, outcomes: Any, control: Any) -> Any:
-    while control[ITEM] < plan.shape[0]:
-        item = control[ITEM]
-        if control[STEP] == 0 and outcomes[item] == _DONE:  # it was there before
-            control[ITEM] += 1
+@register_jitable
+def _take_codes(control: Any, received: int, outcomes: Any) -> Any:
+    """What the answers to one burst say: that of the pointer before, unless this is the first value, and that of the value."""
+    item, place = control[ITEM], 0
+    for target in (item - 1, item):
+        if target < 0 or (target == item and control[STEP] == 1):
             continue
-        if control[STEP] == 0:
-            status = _put(fd, plan[item, REQUEST], plan[item, REQUEST_BYTES], plan[item, VALUE], plan[item, VALUE_BYTES], control)
-        else:
-            status = _put(fd, plan[item, SECOND], plan[item, SECOND_BYTES], 0, 0, control)
-        if status == REFUSED:
-            outcomes[item] = _NO_ROOM
+        if place + 4 > received:
+            return CLOSED
+        code = _word32(_at(control, REPLY) + place)
+        place += 4
+        if code == _FULL:
+            outcomes[target] = _NO_ROOM
+            return REFUSED
+        if code != _FINISHED:
+            return NONSENSE
+        if target < item:
+            outcomes[target] = _DONE
+    return OK
+
+
+def _write(fd: int, plan: Any, outcomes: Any, control: Any) -> Any:
+    """A value that is stored is followed, in one burst, by its pointer and the next value; the last by its pointer alone.
+
+    A burst begins when everything before it has been acknowledged. So a pointer is the beginning of a segment and far shorter, and
+    the server has it whole in the read that gives it the first byte.
+    """
+    while True:
+        item = control[ITEM]
+        if control[PHASE] == 0 and control[OFFSET] == 0:
+            control[STEP] = 1 if item == plan.shape[0] or control[DISCARD] != 0 else 0
+            if control[STEP] == 1 and item == 0:
+                return OK
+            if not _slice(fd, control):
+                return EXPIRED
+            status = _look(fd, control)
+            if status != OK:
+                return status
+        has_value = control[STEP] == 0
+        first = plan[item, REQUEST] if item == 0 else plan[item - 1, SECOND]
+        first_bytes = (plan[item - 1, SECOND_BYTES] if item > 0 else 0) + (plan[item, REQUEST_BYTES] if has_value else 0)
+        if control[PHASE] == 0:
+            status = _send_all(fd, first, first_bytes, _MORE if has_value else 0, control)
+            if status != OK:
+                return status
+        if control[PHASE] == 1:
+            status = _send_all(fd, plan[item, VALUE], plan[item, VALUE_BYTES], 0, control) if has_value else OK
+            if status == CLOSED:
+                # Having no room the server says so, takes the value for requests, and hangs up: what it said is still to be read.
+                received = _recv(fd, _at(control, REPLY), 8, _DONTWAIT)
+                return REFUSED if _take_codes(control, received, outcomes) == REFUSED else CLOSED
+            if status != OK:
+                return status
+            if not has_value:
+                _next_phase(control)
+            _quick_ack(fd, control)
+        count = 8 if has_value and item > 0 else 4
+        status = _receive_all(fd, _at(control, REPLY), count, control)
+        if status == OK:
+            control[PHASE] = 0
+            status = _take_codes(control, count, outcomes)
+        elif status == CLOSED and _take_codes(control, control[OFFSET], outcomes) == REFUSED:
+            status = REFUSED
         if status != OK:
             return status
-        if control[STEP] == 0:
-            control[STEP] = 1
-            continue
-        outcomes[item] = _DONE
-        control[STEP] = 0
-        control[ITEM] += 1
-        if control[DISCARD] != 0:
+        if not has_value:
+            control[ITEM] = 0  # nothing is left to be done, however often this is called
             return OK
-    return OK
+        control[ITEM] += 1
 
 
 _WORD = types.int64

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from ctypes import addressof, c_char
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,10 @@ from kvoffload.l2.infinistore_wire import (
     POINTER,
     PUT,
     Code,
-    Pointer,
     delete_request,
     exist_request,
-    new_nonce,
+    new_nonces,
+    pack_pointer,
     payload_template,
     value_key,
 )
@@ -180,8 +181,17 @@ class Values(_Asking):
 
     def _see(self) -> list[tuple[int, int]]:
         """Address and length of each item's buffer, which is kept where it is until `conclude`."""
-        self._views = [np.frombuffer(item.buffer, np.uint8) for item in self._items]
-        return [(_address(view), view.nbytes) for view in self._views]
+        seen: list[tuple[int, int]] = []
+        for item in self._items:
+            if item.buffer.readonly:
+                array = np.frombuffer(item.buffer, np.uint8)
+                self._views.append(array)
+                seen.append((_address(array), item.buffer.nbytes))
+            else:  # a third of the time
+                first = c_char.from_buffer(item.buffer)
+                self._views.append(first)
+                seen.append((addressof(first), item.buffer.nbytes))
+        return seen
 
 
 class Read(Values):
@@ -196,18 +206,23 @@ class Read(Values):
         if self._keys:
             return
         self._keys = [item.name.encode() for item in self._items]
-        parts, rows, place = [], [], 0
-        for key, (address, size) in zip(self._keys, self._see(), strict=True):
-            first = payload_template(GET, len(key), 0).fill(key)
-            template = payload_template(GET, len(key) + 1 + NONCE_BYTES, 0)
-            second = template.fill(value_key(key, _HOLE))
-            nonce = place + len(first) + len(template.head) + len(key) + 1
-            rows.append((place, len(first), address, size, place + len(first), len(second), nonce, 0))
-            parts += [first, second]
-            place += len(first) + len(second)
-        self._arena, self._plan = _arena_and_plan(parts, rows)
-        self._cells = np.zeros((len(rows), POINTER.size // 8), np.int64)
-        self._plan[:, native.CELL] = _address(self._cells) + POINTER.size * np.arange(len(rows))
+        parts: list[bytes] = []
+        firsts, seconds, holes, key_bytes = [], [], [], -1
+        head, tail, hole, first, second = b"", b"", 0, payload_template(GET, 1, 0), payload_template(GET, 1, 0)
+        for key in self._keys:
+            if len(key) != key_bytes:  # as good as never
+                key_bytes = len(key)
+                first, second = payload_template(GET, key_bytes, 0), payload_template(GET, key_bytes + 1 + NONCE_BYTES, 0)
+                head, tail = first.tail + second.head, value_key(b"", _HOLE) + second.tail
+                hole = len(second.head) + key_bytes + 1
+            parts += (first.head, key, head, key, tail)
+            firsts.append(len(first.head) + key_bytes + len(first.tail))
+            seconds.append(key_bytes + len(second.head) + len(tail))
+            holes.append(hole)
+        self._arena, self._plan = _arena_and_plan(parts, firsts, seconds, self._see())
+        self._plan[:, native.NONCE] = self._plan[:, native.SECOND] - _address(self._arena) + holes
+        self._cells = np.zeros((len(self._keys), POINTER.size // 8), np.int64)
+        self._plan[:, native.CELL] = _address(self._cells) + POINTER.size * np.arange(len(self._keys))
         self._scratch = np.empty(native.SCRATCH_BYTES, np.uint8)
 
     def transfer(self, fd: int) -> int:
@@ -248,44 +263,52 @@ class Write(Values):
     def __init__(self, deadline: float, items: Sequence[Item]) -> None:
         super().__init__(deadline, items)
         self._requests = self._answers = self._rest = _NOTHING
+        self._new: list[int] = []
+        self._put = _NOTHING
         self._has_looked = False
 
     def prepare(self) -> None:
-        if self._keys:
-            return
-        self._keys = [item.name.encode() for item in self._items]
-        parts, rows, place = [], [], 0
-        for key, (address, size) in zip(self._keys, self._see(), strict=True):
-            nonce = new_nonce()
-            first = payload_template(PUT, len(key) + 1 + NONCE_BYTES, size).fill(value_key(key, nonce))
-            second = payload_template(PUT, len(key), POINTER.size).fill(key) + Pointer(nonce, size).pack()
-            rows.append((place, len(first), address, size, place + len(first), len(second), 0, 0))
-            parts += [first, second]
-            place += len(first) + len(second)
-        self._arena, self._plan = _arena_and_plan(parts, rows)
-        self._requests, self._answers = _questions(self._keys)
+        if not self._keys:
+            self._keys = [item.name.encode() for item in self._items]
+            self._requests, self._answers = _questions(self._keys)
 
     def transfer(self, fd: int) -> int:
         if not self._has_looked:
             status = self._ask(fd, self._requests, self._answers)
-            if status != native.OK:
+            if status != native.OK or self._control[native.DISCARD]:
                 return status
             if not _make_sense(self._answers):
                 return native.NONSENSE
             self._has_looked = True
             self._outcomes[self._answers[:, 1] == 0] = Outcome.DONE
-            if self._control[native.DISCARD]:
-                return native.OK
-        return native.loops().write(fd, self._plan, self._outcomes, self._control)
+            self._plan_puts()
+        return native.loops().write(fd, self._plan, self._put, self._control)
+
+    def _plan_puts(self) -> None:
+        self._new = np.flatnonzero(self._answers[:, 1]).tolist()
+        seen = self._see()
+        parts: list[bytes] = []
+        firsts, seconds = [], []
+        for index, nonce in zip(self._new, new_nonces(len(self._new)), strict=True):
+            key, size = self._keys[index], seen[index][1]
+            first = payload_template(PUT, len(key) + 1 + NONCE_BYTES, size).fill(value_key(key, nonce))
+            second = payload_template(PUT, len(key), POINTER.size).fill(key) + pack_pointer(nonce, size)
+            parts += (first, second)
+            firsts.append(len(first))
+            seconds.append(len(second))
+        self._arena, self._plan = _arena_and_plan(parts, firsts, seconds, [seen[index] for index in self._new])
+        self._put = np.full(len(self._new), Outcome.LATE, np.uint8)
 
     @property
     def is_outstanding(self) -> bool:
         """Also where a value is stored and its pointer is not."""
-        return super().is_outstanding or bool(self._control[native.STEP])
+        return super().is_outstanding or (self._has_looked and bool(self._control[native.ITEM]))
 
     def conclude(self, status: int) -> None:
-        if status == native.EXPIRED and self._has_looked and super().is_outstanding and not self._control[native.STEP]:
-            self._keep_the_rest()
+        if self._has_looked:
+            self._outcomes[self._new] = self._put
+            if status == native.EXPIRED and super().is_outstanding and self._control[native.STEP] == 0:
+                self._keep_the_rest()
         super().conclude(status)
 
     def _keep_the_rest(self) -> None:
@@ -293,7 +316,7 @@ class Write(Values):
         item, phase, offset = (int(self._control[word]) for word in (native.ITEM, native.PHASE, native.OFFSET))
         if phase <= 1:
             sent = offset if phase == 1 else 0
-            self._rest = self._views[item][sent:].copy()
+            self._rest = np.frombuffer(self._items[self._new[item]].buffer, np.uint8)[sent:].copy()
             self._plan[item, native.VALUE] = _address(self._rest) - sent
 
 
@@ -305,12 +328,17 @@ def _address(array: Any) -> int:
     return int(array.__array_interface__["data"][0])
 
 
-def _arena_and_plan(parts: Sequence[bytes], rows: Sequence[tuple[int, ...]]) -> tuple[Any, Any]:
-    """The requests in one writable run, and the plan with their addresses in it instead of their places."""
+def _arena_and_plan(
+    parts: Sequence[bytes], firsts: Sequence[int], seconds: Sequence[int], seen: Sequence[tuple[int, int]]
+) -> tuple[Any, Any]:
+    """The requests in one writable run, and the plan. Of each item first and second request, so long, and its memory."""
     arena = np.frombuffer(bytearray(b"".join(parts)), np.uint8)
-    plan = np.array(rows, np.int64)
-    plan[:, native.REQUEST] += _address(arena)
-    plan[:, native.SECOND] += _address(arena)
+    plan = np.zeros((len(firsts), native.PLAN_COLUMNS), np.int64)
+    plan[:, native.REQUEST_BYTES], plan[:, native.SECOND_BYTES] = firsts, seconds
+    lengths = plan[:, native.REQUEST_BYTES] + plan[:, native.SECOND_BYTES]
+    plan[:, native.REQUEST] = _address(arena) + np.cumsum(lengths) - lengths
+    plan[:, native.SECOND] = plan[:, native.REQUEST] + plan[:, native.REQUEST_BYTES]
+    plan[:, (native.VALUE, native.VALUE_BYTES)] = np.array(seen, np.int64).reshape(-1, 2)
     return arena, plan
 
 

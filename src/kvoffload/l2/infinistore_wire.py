@@ -27,7 +27,8 @@ MOST_VALUE_BYTES = (1 << 31) - 1  # the length is a signed 32-bit field
 POINTER = struct.Struct("<8sQ16sI4x")
 """What is stored under a block's name: magic and version, length of the value, nonce in hex, CRC-32 of these 32 bytes, padding."""
 POINTER_MAGIC = b"kvoptr\x00\x01"
-POINTER_CHECKED_BYTES = 32
+_CHECKED = struct.Struct("<8sQ16s")
+POINTER_CHECKED_BYTES = _CHECKED.size
 NONCE_BYTES = 16
 
 
@@ -111,24 +112,25 @@ class Pointer:
     nonce: bytes
     value_bytes: int
 
-    def pack(self) -> bytes:
-        """`POINTER.size` bytes."""
-        checked = POINTER.pack(POINTER_MAGIC, self.value_bytes, self.nonce, 0)[:POINTER_CHECKED_BYTES]
-        return POINTER.pack(POINTER_MAGIC, self.value_bytes, self.nonce, zlib.crc32(checked))
+
+def pack_pointer(nonce: bytes, value_bytes: int) -> bytes:
+    """`POINTER.size` bytes."""
+    checked = _CHECKED.pack(POINTER_MAGIC, value_bytes, nonce)
+    return checked + zlib.crc32(checked).to_bytes(8, "little")
 
 
 def parse_pointer(data: bytes) -> Pointer | None:
-    """None for anything that `Pointer.pack` does not make."""
+    """None for anything that `pack_pointer` does not make."""
     if len(data) != POINTER.size:
         return None
     _, value_bytes, nonce, _ = POINTER.unpack(data)
-    pointer = Pointer(nonce, value_bytes)
-    return pointer if pointer.pack() == data else None
+    return Pointer(nonce, value_bytes) if pack_pointer(nonce, value_bytes) == data else None
 
 
-def new_nonce() -> bytes:
-    """Sixteen hex digits that no put has used: a value's key is put once, ever, by anybody."""
-    return os.urandom(NONCE_BYTES // 2).hex().encode()
+def new_nonces(count: int) -> list[bytes]:
+    """Each sixteen hex digits that no put has used: a value's key is put once, ever, by anybody."""
+    digits = os.urandom(NONCE_BYTES // 2 * count).hex().encode()
+    return [digits[place : place + NONCE_BYTES] for place in range(0, len(digits), NONCE_BYTES)]
 
 
 def value_key(name: bytes, nonce: bytes) -> bytes:
