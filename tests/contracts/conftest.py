@@ -13,6 +13,13 @@ from kvoffload.testing.valkey import ValkeyServer, find_server
 KINDS = ("fake", "redis", "infinistore")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say of what runs against InfiniStore that it does: its environment is made before the first test, where one wants it."""
+    for item in items:
+        if isinstance(item, pytest.Function) and hasattr(item, "callspec") and "infinistore" in item.callspec.params.values():
+            item.fixturenames = [*item.fixturenames, "infinistore_prepared"]
+
+
 @pytest.fixture(scope="session")
 def valkey_shared() -> Iterator[ValkeyServer | None]:
     if find_server() is None:
@@ -35,7 +42,6 @@ def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
         server.command("FLUSHALL")
         made = RedisRig(server)
     else:
-        pytest.importorskip("kvoffload.l2.infinistore_tcp", exc_type=ImportError)
         made = InfiniStoreRig(request.getfixturevalue("infinistore_shared"))
     yield made
     assert made.is_alive, "the test ended the server"
@@ -54,5 +60,4 @@ def mortal(request: pytest.FixtureRequest) -> Iterator[Rig]:
             yield rig
             assert rig.is_alive or rig.was_killed, "the server died of what the test did to it"
     else:
-        pytest.importorskip("kvoffload.l2.infinistore_tcp", exc_type=ImportError)
         yield InfiniStoreRig(request.getfixturevalue("infinistore_server"))
