@@ -8,6 +8,8 @@ import pytest
 
 from kvoffload.testing.clock import virtual_backend
 
+pytest_plugins = ["tests.infinistore.fixtures"]
+
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "real_clock: this anyio test runs on the real clock, as it works with threads or processes")

@@ -55,8 +55,9 @@ def _listed(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _redis(value: str) -> str:
-    if not value.startswith(("redis://", "rediss://", "unix://")):
+def _redis(value: object) -> object:
+    text = value.get_secret_value() if isinstance(value, SecretStr) else value
+    if isinstance(text, str) and not text.startswith(("redis://", "rediss://", "unix://")):
         raise ValueError("must start with redis://, rediss:// or unix://")
     return value
 
@@ -171,6 +172,10 @@ class L2Settings(_Section):
     def _has_nodes(self) -> Self:
         if self.backend != "off" and not self.nodes and self.membership.url is None:
             raise ValueError(f"l2.backend is {self.backend}, but neither l2.nodes nor l2.membership.url says where its nodes are")
+        if self.backend != "off" and self.membership.url is None:
+            from kvoffload.l2.addresses import static_nodes  # it knows messages, which know nothing of settings
+
+            static_nodes(self.backend, self.nodes)
         return self
 
 

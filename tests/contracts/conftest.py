@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 from tests.contracts.rigs import FakeRig, InfiniStoreRig, RedisRig, Rig
-from tests.infinistore.fixtures import *  # noqa: F403  (pytest looks fixtures up where it collects)
 
 from kvoffload.testing.valkey import ValkeyServer, find_server
 

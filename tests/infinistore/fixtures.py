@@ -1,4 +1,4 @@
-"""The real server as fixtures. A conftest that wants them says `from tests.infinistore.fixtures import *`."""
+"""The real server as fixtures, for all tests."""
 
 from __future__ import annotations
 

@@ -36,7 +36,7 @@ class InfiniStoreServer:
         self._process: subprocess.Popen[bytes] | None = None
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - `close` closes it
         self._killed = self._stopped = False
-        self.port, self._manage_port = 0, 0
+        self.port, self.manage_port = 0, 0
 
     def __enter__(self) -> Self:
         self.start()
@@ -73,7 +73,7 @@ class InfiniStoreServer:
         assert not self.is_alive, "it runs already"
         self._end()
         for _ in range(3):  # a free port may be somebody else's by the time the server binds it
-            self.port, self._manage_port = port or free_port(), free_port()
+            self.port, self.manage_port = port or free_port(), free_port()
             self._launch()
             if self._is_ready():
                 return
@@ -141,7 +141,7 @@ class InfiniStoreServer:
         return code
 
     def _launch(self) -> None:
-        ports = ("--service-port", str(self.port), "--manage-port", str(self._manage_port))
+        ports = ("--service-port", str(self.port), "--manage-port", str(self.manage_port))
         pool = ("--prealloc-size", str(self._pool_gb), "--minimal-allocate-size", str(self._allocation_kb))
         self._killed = self._stopped = False
         self._process = subprocess.Popen(
@@ -172,7 +172,7 @@ class InfiniStoreServer:
         return False
 
     def _manage(self, method: str, path: str) -> bytes:
-        connection = http.client.HTTPConnection("127.0.0.1", self._manage_port, timeout=ANSWER_S)
+        connection = http.client.HTTPConnection("127.0.0.1", self.manage_port, timeout=ANSWER_S)
         try:
             connection.request(method, path)
             return connection.getresponse().read()

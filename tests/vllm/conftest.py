@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.infinistore.fixtures import *  # noqa: F403
 from tests.vllm.plain import Plain
 
 HERE = Path(__file__).parent

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from tests.infinistore.environment import Environment, NotRun
@@ -71,7 +72,7 @@ def test_altered_values_are_misses(plain: Plain) -> None:
         with engine(transfer=config) as first:
             first.generate(asked)
             first.flush()
-        client = redis.Redis.from_url(server.url)
+        client: Any = redis.Redis.from_url(server.url)
         names = sorted(client.keys("kvo1:*"))
         assert len(names) == 6 + 5
         for name in names[::2]:

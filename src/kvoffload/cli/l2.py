@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import secrets
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from urllib.error import URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
 
+import anyio
+import anyio.to_thread
 import numpy as np
 
 from kvoffload.cli.table import human_bytes, human_seconds
@@ -33,7 +35,7 @@ def run_l2(command: str, *, backend: str | None, nodes: Sequence[str], manage_po
     """0 when every node did it; 1 when one did not; 2 when it was called wrongly."""
     try:
         settings = _settings(backend, nodes)
-        return asyncio.run(_run(command, settings, manage_port=manage_port, yes=yes))
+        return anyio.run(partial(_run, command, settings, manage_port=manage_port, yes=yes))
     except ConfigError as error:
         print(f"kvoffload l2: {error}", file=sys.stderr)
         return 2
@@ -131,7 +133,7 @@ def _expect(what: str, outcomes: Sequence[Outcome]) -> None:
 async def _purge(address: NodeAddress, settings: L2Settings, manage_port: int) -> str:
     host = urlsplit(address.url).hostname or ""
     if address.url.startswith("infinistore:"):
-        return await asyncio.to_thread(_purge_infinistore, f"http://{f'[{host}]' if ':' in host else host}:{manage_port}/purge")
+        return await anyio.to_thread.run_sync(_purge_infinistore, f"http://{f'[{host}]' if ':' in host else host}:{manage_port}/purge")
     from redis.asyncio import Redis
     from redis.exceptions import RedisError
 
