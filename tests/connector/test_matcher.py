@@ -32,7 +32,7 @@ class Bench:
 
     def ask(self, record: RequestRecord, computed: int = 0, *, idle: bool = False) -> int | None:
         """In a step of its own."""
-        self.matcher.new_step()
+        self.matcher.has_waited_in_vain = False
         return self.matcher.answer(record, computed, engine_is_idle=idle)
 
     def answer_in_wait(self, make: Callable[[], PrefixHit]) -> None:
@@ -96,7 +96,7 @@ def test_one_wait_in_vain_per_step_is_enough() -> None:
     records = [bench.record(f"r{number}") for number in range(5)]
     assert [bench.matcher.answer(record, 0, engine_is_idle=True) for record in records] == [None] * 5
     assert len(bench.hub.waits) == 1
-    bench.matcher.new_step()
+    bench.matcher.has_waited_in_vain = False
     assert bench.matcher.answer(records[4], 0, engine_is_idle=True) is None
     assert len(bench.hub.waits) == 2
 

@@ -44,7 +44,7 @@ def _after_failed_alloc(self: KVOffloadConnector, request: Request, blocks: KVCa
             self.scheduler_half.side.plan_withdrawn(request.request_id, blocks.get_block_ids()[0], num_external_tokens)
 
 
-def _after_failed_build(self: KVOffloadConnector, output: SchedulerOutput) -> StepMetadata:
+def _after_failed_build(self: KVOffloadConnector, output: SchedulerOutput, error: Exception) -> StepMetadata:
     """As above. Loads that were promised still go out; what could not be said of saves is only a miss later."""
     if self.scheduler_half is None:
         return StepMetadata()
@@ -179,7 +179,10 @@ class KVOffloadConnector(KVConnectorBase_V1):
             self.worker_half.side.wait_for_save(metadata)
 
     def get_transfer_results(self, finished_req_ids: set[str]) -> KVConnectorTransferResults:
-        finished = self.get_finished(finished_req_ids)[1]
+        half = self.worker_half
+        if half is None or not half.side.has_news:
+            return _NOTHING
+        finished = self._take_finished()
         return KVConnectorTransferResults(finished_recving=finished) if finished else _NOTHING
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
@@ -231,11 +234,18 @@ class KVOffloadConnector(KVConnectorBase_V1):
 
         return {CacheHitSource.HOST: num_external_tokens} if num_external_tokens else {}
 
-    @never_raises(StepMetadata(), _after_failed_build)
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> KVConnectorMetadata:
-        if self.scheduler_half is None:
+        half = self.scheduler_half
+        if half is None:
             return StepMetadata()
-        return self.scheduler_half.side.build_connector_meta(scheduler_output)
+        try:  # the guard, by hand: a frame less in every step
+            return half.side.build_connector_meta(scheduler_output)
+        except Exception as error:  # see `never_raises`
+            return self._build_failed(scheduler_output, error)
+
+    @never_raises(StepMetadata(), _after_failed_build, name="build_connector_meta")
+    def _build_failed(self, output: SchedulerOutput, error: Exception) -> KVConnectorMetadata:
+        raise error
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         if self.scheduler_half is not None and connector_output.finished_recving:

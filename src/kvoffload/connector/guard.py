@@ -19,11 +19,11 @@ class HasHooks(Protocol):
         ...
 
 
-def never_raises(neutral: Any, instead: Callable[..., Any] | None = None) -> Callable[[Hook], Hook]:
+def never_raises(neutral: Any, instead: Callable[..., Any] | None = None, *, name: str | None = None) -> Callable[[Hook], Hook]:
     """Wrap a method of `HasHooks`: where it raises, the connector is told, and vLLM gets ``instead(connector, *args)``.
 
-    Without ``instead``, or where that raises too, vLLM gets ``neutral``. This is the one place with a catch-all, because here a bug
-    would end the engine; it never becomes a hit or a success.
+    Without ``instead``, or where that raises too, vLLM gets ``neutral``. ``name`` is the hook's, where the method is a part of one.
+    This is the one place with a catch-all, because here a bug would end the engine; it never becomes a hit or a success.
     """
 
     def wrap(hook: Hook) -> Hook:
@@ -32,7 +32,7 @@ def never_raises(neutral: Any, instead: Callable[..., Any] | None = None) -> Cal
             try:
                 return hook(self, *args, **kwargs)
             except Exception as error:  # see above
-                _try(self.hook_failed, hook.__name__, error)
+                _try(self.hook_failed, name or hook.__name__, error)
             return _try(instead, self, *args, neutral=neutral) if instead is not None else neutral
 
         return cast("Hook", guarded)

@@ -50,7 +50,8 @@ class Matcher:
         self.generation = 0
         self.credits = settings.max_loads
         self.zero_reasons: dict[str, int] = {}
-        self._has_waited_in_vain = False
+        self.has_waited_in_vain = False
+        """In this step; whoever plans the next one clears it."""
 
     # ------------------------------------------------------------ answering vLLM
 
@@ -108,7 +109,7 @@ class Matcher:
 
     def _await(self, record: RequestRecord, now: float, engine_is_idle: bool) -> None:
         self._pump()
-        if self._has_waited_in_vain:
+        if self.has_waited_in_vain:
             # Once per step is enough: a hub that hangs must not cost every waiting request its wait.
             return
         if engine_is_idle:
@@ -121,11 +122,7 @@ class Matcher:
         while record.phase is Phase.ASKED and (left := until - self._clock()) > 0:
             self._hub.wait(left)
             self._pump()
-        self._has_waited_in_vain = record.phase is Phase.ASKED
-
-    def new_step(self) -> None:
-        """vLLM has done with this step's requests."""
-        self._has_waited_in_vain = False
+        self.has_waited_in_vain = record.phase is Phase.ASKED
 
     def _none_or_zero(self, record: RequestRecord, reason: str) -> int | None:
         """None while the deadline has not passed, then 0 for good."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from kvoffload.connector.prefill_rate import PrefillRate
 from kvoffload.connector.record import RequestRecord
 from kvoffload.connector.saver import Saver
 from kvoffload.keys import Extras, KeyChain
-from kvoffload.messages import ConnectorOff, Job, ParentMissing, PrefixHit, ResetCache, StartLoad
+from kvoffload.messages import ConnectorOff, Job, ParentMissing, PrefixHit, ResetCache, StartLoad, ToScheduler
 from kvoffload.observe.logs import get_logger
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ class SchedulerSide:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._hub = hub
+        self._take = hub.take
         self._ledger = ledger
         self._settings = settings
         self._identify = identify
@@ -213,19 +214,25 @@ class SchedulerSide:
 
     def build_connector_meta(self, output: SchedulerOutput) -> StepMetadata:
         self._step += 1
-        self.matcher.new_step()
-        self._pump()
+        # In every step, between two of vLLM's forwards, with cold caches: so as few calls as can be.
+        self.matcher.has_waited_in_vain = False
+        messages = self._take()
+        if messages:
+            self._handle(messages)
         now = self._clock()
         if now >= self._next_sweep:
             self._sweep()
         if self._rate is not None:
             self._rate.planned(output.total_num_scheduled_tokens, now)
             self.matcher.tokens_per_s = self._rate.tokens_per_s
-        for request_id in output.preempted_req_ids or ():
-            record = self.records.get(request_id)
-            if record is not None:
-                self._notice_changes(record)
-        self._bump(output)
+        if output.preempted_req_ids:
+            for request_id in output.preempted_req_ids:
+                record = self.records.get(request_id)
+                if record is not None:
+                    self._notice_changes(record)
+        new = output.scheduled_cached_reqs.new_block_ids
+        if new.count(None) != len(new) or output.kv_cache_block_copies:
+            self._bump(output)
         saves = self.saver.plan(output, self.records) if self.off_reason is None else ()
         if not saves and not self._planned:
             return _COMPUTES if output.total_num_scheduled_tokens else _IDLES
@@ -266,7 +273,10 @@ class SchedulerSide:
             self._ledger.bump([copy.dst_block_id for copy in output.kv_cache_block_copies])
 
     def _pump(self) -> None:
-        for message in self._hub.take():
+        self._handle(self._take())
+
+    def _handle(self, messages: Sequence[ToScheduler]) -> None:
+        for message in messages:
             match message:
                 case PrefixHit():
                     self.matcher.on_hit(message, self.records.get(message.request))
