@@ -170,8 +170,7 @@ class InfiniStoreTcpNode:
         timer = loop.call_later(left_s, self._withdraw, transfers)
         try:
             self._dispatch()
-            for future in futures:
-                await future
+            await asyncio.wait(futures)  # a cancellation does not reach these: threads may still have the buffers
         except asyncio.CancelledError:
             self._withdraw(transfers)
             for transfer in transfers:
