@@ -229,6 +229,22 @@ def test_preemption_forgets_the_answer_and_what_was_saved() -> None:
     assert [message.sequence for message in bench.hub.of(MatchPrefix)] == [1, 2]
 
 
+def test_keys_of_before_a_preemption_are_not_those_of_after_it() -> None:
+    """What is computed again may be another adapter's, under the same name: its keys rest on what is proven now."""
+    adapters = iter([b"first", b"second"])
+    bench = Bench()
+    bench.side._identify = lambda request: next(adapters)
+    request = bench.new(tokens=8)
+    bench.match(request)
+    before = list(bench.side.records["r"].chain.keys)
+    bench.admit(request, (1, 2))
+    bench.preempt(request)
+    bench.match(request)
+    after = bench.side.records["r"].chain.keys
+    assert before
+    assert not set(before) & set(after)
+
+
 @pytest.mark.parametrize("may_load", [False, True])
 def test_preempted_by_a_reset_and_admitted_again_at_once(may_load: bool) -> None:
     """vLLM names the request as preempted after it was admitted again, in the same step: it is alive, and the next reset must know."""

@@ -147,7 +147,7 @@ class WorkerHalf:
     def turn_off(self, reason: str) -> None:
         self._off_reason = self._off_reason or reason
         if self.host is not None:
-            self.host.runtime.turn_off(reason)
+            self.host.turn_off(reason)
 
     def take_statistics(self) -> dict[str, Any] | None:
         return worker_statistics(self.side, self.host)

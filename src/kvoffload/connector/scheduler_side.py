@@ -251,8 +251,11 @@ class SchedulerSide:
         if record.refresh():
             self._live.discard(record.request_id)
             self.matcher.restart(record)
-            record.extras = self._identify(record.request)
-            if record.extras is None:
+            extras, before = self._identify(record.request), record.extras
+            record.extras = extras
+            if extras != before:
+                record.chain.recut(0)  # they rest on what was proven then: an adapter's files may be others by now
+            if extras is None:
                 record.may_save = record.may_load = False
 
     def take_planned(self) -> tuple[PlannedLoad, ...]:

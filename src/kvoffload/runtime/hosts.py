@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -30,6 +29,8 @@ JOIN_TIMEOUT_S = 30.0
 DRAIN_SHARE = 0.6
 """Of the time to close in, for blocks on their way to the second tier."""
 
+ACCEPT_TIMEOUT_S = 1800.0
+"""For the hub to come to a worker half: the warm-up of a large model may lie in between."""
 PEER_LIMIT_S = 1.0
 """A peer that was silent for longer gets no new promises."""
 
@@ -84,6 +85,13 @@ class WorkerHost:
         self._drain = drain
         self.loop.call_soon(self._stop_serving)
 
+    def turn_off(self, reason: str) -> None:
+        """Off, and nobody needs to find this half any more. From any thread."""
+        self.runtime.turn_off(reason)
+        if self._link is None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended
+                self.loop.call_soon(self._stop_serving)
+
     def _stop_serving(self) -> None:
         """On the loop, where the listener's socket is waited for; that wait closes it."""
         if self._serving is not None:
@@ -99,7 +107,7 @@ class WorkerHost:
     async def _serve_hub(self) -> None:
         rank = self.runtime.rank
         try:
-            connection = await self._listener.accept(math.inf)
+            connection = await self._listener.accept(ACCEPT_TIMEOUT_S)
             joined, ledger_fd = await link.serve_worker(connection, self._hello(), rank.segment.fd)
             ledger = Ledger.attach(ledger_fd, rank.layout.num_blocks)
         except PeerError as error:
