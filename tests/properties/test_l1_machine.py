@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
-from kvoffload.l1 import TRANSITIONS, L1Config, L1Core, State, ToRank, ToScheduler
+from kvoffload.l1 import TRANSITIONS, L1Config, L1Core, RemoteConfig, State, ToRank, ToScheduler
 from kvoffload.messages import (
     ROOT,
     BlockKey,
@@ -67,11 +67,16 @@ class L1Machine(RuleBasedStateMachine):
     """The model knows, per slot and rank, whose bytes are there; what L1 calls READY must hold the right ones on every rank."""
 
     policy = "lru"
+    remote_config: RemoteConfig | None = None
+
+    def set_up(self) -> None:
+        """What a machine with more to it has to do at the start."""
 
     @initialize(ranks=st.integers(1, 3), share=st.sampled_from([0.5, 1.0]))
     def start(self, ranks: int, share: float) -> None:
         self.ranks = ranks
-        self.core = L1Core(L1Config(ranks=ranks, policy=self.policy, max_waiting_share=share), CAPACITY)  # type: ignore[arg-type]
+        config = L1Config(ranks=ranks, policy=self.policy, max_waiting_share=share)  # type: ignore[arg-type]
+        self.core = L1Core(config, CAPACITY, self.remote_config)
         table = self.core._parts.slots
         table.state = TracedStates(table.state)
         self.grown = [0] * ranks
@@ -84,6 +89,7 @@ class L1Machine(RuleBasedStateMachine):
         self.gone: set[int] = set()
         self.job = self.sequence = self.generation = 0
         self.now = 0.0
+        self.set_up()
         for rank in range(ranks):
             self.grow(rank, 6)
 
@@ -330,7 +336,12 @@ class S3FIFOMachine(L1Machine):
 
 @pytest.mark.parametrize("machine", [L1Machine, S3FIFOMachine], ids=["lru", "s3fifo"])
 def test_random_histories(machine: type[L1Machine]) -> None:
+    run_machine(machine)
+
+
+def run_machine(machine: type[L1Machine], examples: int = 50) -> None:
+    """Random histories of so many examples."""
     run_state_machine_as_test(
         machine,
-        settings=settings(max_examples=50, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)),
+        settings=settings(max_examples=examples, stateful_step_count=50, deadline=None, suppress_health_check=list(HealthCheck)),
     )

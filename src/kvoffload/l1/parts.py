@@ -14,6 +14,7 @@ from kvoffload.l1.inflight import Inflight
 from kvoffload.l1.leases import Leases
 from kvoffload.l1.remote import Remote, RemoteConfig
 from kvoffload.l1.slots import SlotTable
+from kvoffload.l1.states import State
 from kvoffload.l1.statistics import Counts
 from kvoffload.messages import BlockKey
 
@@ -59,6 +60,6 @@ class Parts:
 
     @property
     def room(self) -> int:
-        """How many slots leases and loads may protect: their share, less what fetches hold."""
+        """How many slots leases and loads may protect: their share, less what fetches hold, also where that waits for its parent."""
         room = int(self.config.max_waiting_share * self.slots.usable)
-        return room if self.remote is None else room - len(self.remote.fetch_of)
+        return room if self.remote is None else room - len(self.remote.fetch_of) - self.slots.counts[State.FILLED]

@@ -178,10 +178,12 @@ def _fetch_under_way(parts: Parts, remote: Remote, message: MatchPrefix, ready: 
 
 
 def _go_on(parts: Parts, remote: Remote, waiting: Waiting) -> None:
-    """Wait for the first fetch that this match still waits for, or answer it."""
-    ready, end = _lengths(parts, waiting.message)
-    fetch = _fetch_under_way(parts, remote, waiting.message, ready, end)
-    if fetch is None:
+    """Wait for the first fetch that this match still waits for, with what came so far leased as well; or answer it."""
+    message = waiting.message
+    ready, end = _lengths(parts, message)
+    fetch = _fetch_under_way(parts, remote, message, ready, end)
+    parts.leases.release(message.request)
+    if fetch is None or not _lease_whole(parts, message, ready):
         _answer(parts, remote, waiting)
     else:
         _wait_for(remote, waiting, fetch)
