@@ -356,9 +356,10 @@ class NodesChanged:
 
 @dataclass(frozen=True, slots=True)
 class Flush:
-    """Answer when everything that came before this message has been dealt with to its end."""
+    """Answer when everything that came before this message has been dealt with to its end; ``nodes``: on the nodes of L2 too."""
 
     reply: Reply[bool]
+    nodes: bool = True
 
 
 @dataclass(frozen=True, slots=True)

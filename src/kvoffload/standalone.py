@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import anyio
 import anyio.to_thread
@@ -44,6 +45,9 @@ from kvoffload.namespace import namespace_digest
 from kvoffload.runtime.hub import DRAIN_S, HubRuntime, RankPort
 from kvoffload.runtime.shared import SegmentView, Shared
 from kvoffload.runtime.worker import Rank, WorkerRuntime
+
+if TYPE_CHECKING:
+    from kvoffload.runtime.l2 import MakeNode
 
 MAX_SAVES = 32
 """Saves under way at once; a further one waits."""
@@ -85,8 +89,10 @@ async def open_runtime(config: Config | Mapping[str, object] | None = None) -> A
 class Runtime:
     """Saves blocks of paged tensors to host memory and loads them back. Made by `open_runtime`; for tasks of one event loop."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, make_node: MakeNode | None = None) -> None:
+        """``make_node`` as of `HubRuntime`."""
         self._config = config
+        self._make_node = make_node
         self._loop = LoopThread("standalone", self._loop_failed)
         self._parts: _Parts | None = None
         self._counter = itertools.count(1)
@@ -130,7 +136,7 @@ class Runtime:
         )
         self._loop.start()
         worker = WorkerRuntime(self._config, rank, self._loop.call_soon, self._on_load_ended)
-        hub = HubRuntime(self._config, self._on_answer)
+        hub = HubRuntime(self._config, self._on_answer, self._make_node)
         shared = Shared(namespace, rank.layout.digest(), rank.layout.payload_bytes, (SegmentView(rank.segment),))
         hub.open(rank.segment.slots, [RankPort(worker.deliver)], self._loop.call_soon, self._loop.heartbeat, shared)
         self._loop.submit(worker.run)
@@ -169,7 +175,7 @@ class Runtime:
             if parts.hub.offer(ReserveSlots(job, batch)):
                 parts.worker.save(SaveBlocks(job, parts.worker.mark()))
             # One batch at a time: a save that L1 cannot take at once goes on where it has caught up.
-            await self._flush(parts)
+            await parts.hub.flush(nodes=False).wait()
 
     # ------------------------------------------------------------ loading
 
@@ -254,7 +260,7 @@ class Runtime:
     # ------------------------------------------------------------ the rest
 
     async def flush(self) -> None:
-        """Wait until everything saved so far is stored, or dropped."""
+        """Wait until everything saved so far is stored, on the nodes of L2 too, or dropped."""
         await self._flush(self._open_parts())
 
     async def reset(self) -> None:

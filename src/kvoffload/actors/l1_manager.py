@@ -44,6 +44,7 @@ class _Waiting:
     jobs: frozenset[Job]
     deadline: float | None = None
     is_last: bool = False
+    is_whole: bool = True
 
 
 class L1Manager:
@@ -106,7 +107,10 @@ class L1Manager:
 
     def _handle(self, message: ToL1Manager, now: float) -> None:
         if isinstance(message, Flush):
-            self._waiting.append(_Waiting(message.reply, self._core.open_jobs()))
+            jobs = self._core.open_jobs()
+            if not message.nodes:
+                jobs = _of_ranks(jobs)
+            self._waiting.append(_Waiting(message.reply, jobs, is_last=not message.nodes))
         elif isinstance(message, Drain):
             self._perform(self._core.close(), now)
             self._waiting.append(_Waiting(message.reply, self._core.open_jobs(), message.deadline))
@@ -143,13 +147,19 @@ class L1Manager:
         jobs, now = self._core.open_jobs(), self._clock()
         left: list[_Waiting] = []
         for waiting in self._waiting:
-            if not waiting.jobs & jobs:
+            awaited = waiting.jobs & jobs
+            if not awaited:
                 if not waiting.is_last and (writes := self._core.open_writes()):
                     left.append(replace(waiting, jobs=writes, is_last=True))
                 else:
-                    waiting.reply.answer(True)
-            elif self._core.has_lost_rank or (waiting.deadline is not None and waiting.deadline <= now):
-                waiting.reply.answer(False)  # a lost rank does not report
+                    waiting.reply.answer(waiting.is_whole)
+            elif waiting.deadline is not None and waiting.deadline <= now:
+                waiting.reply.answer(False)
+            elif self._core.has_lost_rank and (unreported := _of_ranks(awaited)):
+                if waiting.deadline is None or awaited == unreported:
+                    waiting.reply.answer(False)  # a lost rank does not report
+                else:
+                    left.append(replace(waiting, jobs=waiting.jobs - unreported, is_whole=False))  # but nodes do
             else:
                 left.append(waiting)
         self._waiting = left
@@ -170,6 +180,11 @@ class L1Manager:
                 message.reply.gone()
         self._burst.clear()
         self._receiver.close()
+
+
+def _of_ranks(jobs: frozenset[Job]) -> frozenset[Job]:
+    """Those that ranks report; fetches and writes have negative numbers."""
+    return frozenset(job for job in jobs if job >= 0)
 
 
 def _not_read(effect: ToPrefetcher) -> L1Message:

@@ -26,7 +26,7 @@ from kvoffload.supervisor import Child, RestartPolicy, Supervisor
 
 if TYPE_CHECKING:
     from kvoffload.l1.remote import RemoteConfig
-    from kvoffload.runtime.l2 import L2Runtime
+    from kvoffload.runtime.l2 import L2Runtime, MakeNode
     from kvoffload.runtime.node_actors import NodeStatistics
     from kvoffload.runtime.shared import Shared
 
@@ -53,8 +53,10 @@ class HubRuntime:
     the start; what is offered before `open` is refused.
     """
 
-    def __init__(self, config: Config, on_answer: Callable[[ToScheduler], None] | None = None) -> None:
+    def __init__(self, config: Config, on_answer: Callable[[ToScheduler], None] | None = None, make_node: MakeNode | None = None) -> None:
+        """``make_node`` makes the clients of the second tier's nodes, on the loop; None: real ones."""
         self._config = config
+        self._make_node = make_node
         self._inbox: Inbox[ToScheduler] = Inbox()
         self._on_answer = on_answer or self._inbox.put
         self._opened: _Opened | None = None
@@ -108,7 +110,7 @@ class HubRuntime:
                 from kvoffload.runtime.l2 import L2Runtime  # what it needs comes with extras
             except ImportError as error:
                 raise UnsupportedError(f"it needs {error.name}: pip install kvoffload[l2]") from error
-            return L2Runtime(self._config.l2, shared, deliver)
+            return L2Runtime(self._config.l2, shared, deliver, self._make_node)
         except KVOffloadError as error:
             log.error("L2 off: blocks stay in this engine", reason=str(error))
             return None
@@ -240,13 +242,16 @@ class HubRuntime:
     def wait(self, timeout_s: float) -> bool:
         return self._inbox.wait(timeout_s)
 
-    def flush(self) -> Reply[bool]:
-        """Answered when everything posted before is settled: in L1, or dropped. Gone where there is nobody to answer."""
+    def flush(self, *, nodes: bool = True) -> Reply[bool]:
+        """Answered when everything posted before is settled: stored, or dropped; ``nodes``: on the nodes of L2 too.
+
+        Gone where there is nobody to answer.
+        """
         reply: Reply[bool] = Reply()
         if self._opened is None or self.off_reason is not None:
             reply.gone()
         else:
-            self._opened.posts.owe(Flush(reply))
+            self._opened.posts.owe(Flush(reply, nodes))
         return reply
 
 

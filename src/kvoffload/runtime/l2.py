@@ -38,11 +38,12 @@ class L2Runtime:
     """
 
     def __init__(
-        self, settings: L2Settings, shared: Shared, deliver: Callable[[FromL2 | NodesChanged], None], make: MakeNode = make_node
+        self, settings: L2Settings, shared: Shared, deliver: Callable[[FromL2 | NodesChanged], None], make: MakeNode | None = None
     ) -> None:
+        """``make`` makes the clients of nodes, on the loop; None: `make_node`."""
         self._settings = settings
         self._deliver = deliver
-        self._make = make
+        self._make = make or make_node
         self._value_bytes = HEADER_BYTES + shared.payload_bytes
         digest = shared.digest()
         secret = settings.secret.get_secret_value().encode() if settings.secret is not None else None
