@@ -104,8 +104,8 @@ class RemoteMachine(L1Machine):
 
     def touched(self) -> set[int]:
         """The slots that a node may read or write."""
-        under_way = [*self.fetches.values(), *self.writes.values()]
-        slots = {slot for _, message in under_way for slot in message.slots}
+        slots = {slot for _, fetch in self.fetches.values() for slot in fetch.slots}
+        slots |= {slot for _, write in self.writes.values() for slot in write.slots}
         for _, late in (*self.late_writers.values(), *self.late_readers.values()):
             slots |= set(late)
         return slots
