@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from hashlib import blake2b
 
 import anyio
 import anyio.abc
@@ -48,8 +49,10 @@ class L2Runtime:
         digest = shared.digest()
         secret = settings.secret.get_secret_value().encode() if settings.secret is not None else None
         self._envelope = Envelope(digest, shared.payload_bytes, secret)
-        # Engines that differ in nothing but their layout have the same keys, and must not take each other's values for their own.
-        self._names = f"{settings.namespace}.{digest[:6].hex()}"
+        # Engines with another layout have the same keys, and those with another secret too: a name is written once, so each kind has
+        # names of its own, or what the one wrote would be a miss for the other for good.
+        kind = blake2b(digest, digest_size=6, key=blake2b(secret or b"").digest(), person=b"kvoffload.names").hexdigest()
+        self._names = f"{settings.namespace}.{kind}"
         self._slots = SlotBuffers(shared.segments, shared.payload_bytes)
         self._nodes: dict[Node, NodeActors] = {}
         self._tasks: anyio.abc.TaskGroup | None = None
