@@ -45,7 +45,7 @@ def transfer_config(options: EngineOptions) -> dict[str, Any] | None:
                 "kv_connector_module_path": "kvoffload.connector",
                 "kv_role": "kv_both",
                 "kv_load_failure_policy": "recompute",
-                "kv_connector_extra_config": {"l1": {"capacity_bytes": options.l1_bytes}},
+                "kv_connector_extra_config": {"l1": {"capacity_bytes": options.l1_bytes}, "l2": options.l2 or {}},
             }
 
 

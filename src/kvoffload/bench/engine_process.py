@@ -34,7 +34,7 @@ class EngineOptions:
     """One engine. ``multiprocessing`` is vLLM's default: scheduler and worker in processes of their own; else everything is in one.
 
     ``l1_bytes`` concerns kvoffload, ``storage`` (a directory) vLLM's ExampleConnector. ``count_tokens`` turns on vLLM's statistics.
-    ``kv_blocks`` makes the engine's cache smaller than ``kv_gib`` does.
+    ``kv_blocks`` makes the engine's cache smaller than ``kv_gib`` does. ``l2`` are kvoffload's settings of that section.
     """
 
     model: str
@@ -48,6 +48,7 @@ class EngineOptions:
     kv_gib: int = 1
     kv_blocks: int | None = None
     count_tokens: bool = False
+    l2: dict[str, Any] | None = None
 
 
 def engine_environment(options: EngineOptions, environ: dict[str, str]) -> dict[str, str]:
