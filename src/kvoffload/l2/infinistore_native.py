@@ -40,14 +40,14 @@ TIMEVAL, TIMESPEC = 14, 16
 `HERE`: its own address."""
 CONTROL_WORDS = 18
 
-REQUEST, REQUEST_BYTES, VALUE, VALUE_BYTES, SECOND, SECOND_BYTES, NONCE, CELL = range(8)
-"""Columns of a plan: addresses, but for `NONCE`, the nonce's place in the arena, and `CELL`, unused by writes.
+REQUEST, REQUEST_BYTES, VALUE, VALUE_BYTES, SECOND, SECOND_BYTES, NONCE = range(7)
+"""Columns of a plan: addresses and lengths, but for `NONCE`, the nonce's place in the arena, unused by writes.
 
-Read: `REQUEST` is the get of the pointer, `SECOND` the get of the value whose nonce is to be filled in, `CELL` where the pointer goes.
+Read: `REQUEST` is the get of the pointer, `SECOND` the get of the value whose nonce is to be filled in. Pointers go to ``cells``.
 Write: `REQUEST` is the put of the value, `SECOND` that of the pointer, its value with it, and right behind it in memory the next
 `REQUEST`. ``VALUE``: the caller's bytes.
 """
-PLAN_COLUMNS = 8
+PLAN_COLUMNS = 7
 
 SLICE_NS = 20_000_000
 """The longest that a call of the system blocks: how late a stop is heard."""
@@ -224,7 +224,6 @@ def _get(fd: int, request: int, request_bytes: int, into: int, into_bytes: int, 
         status = _receive_head(fd, control)
         if status != OK:
             return status
-        _quick_ack(fd, control)
     size = _word32(_at(control, REPLY) + 4)
     if size == into_bytes and control[DISCARD] == 0:
         status = _receive_all(fd, into, into_bytes, control)
@@ -268,12 +267,14 @@ def _check_pointer(cells: Any, index: int) -> Any:
     return cells[index, _CHECKED_WORDS] == crc ^ 0xFFFFFFFF
 
 
-def _read(fd: int, plan: Any, arena: Any, cells: Any, scratch: int, outcomes: Any, control: Any) -> Any:
+def _read(fd: int, plan: Any, arena: Any, cells: Any, cells_address: int, scratch: int, outcomes: Any, control: Any) -> Any:
     while control[ITEM] < plan.shape[0]:
         item = control[ITEM]
         value_bytes = plan[item, VALUE_BYTES]
         if control[STEP] == 0:
-            status = _get(fd, plan[item, REQUEST], plan[item, REQUEST_BYTES], plan[item, CELL], _POINTER_BYTES, scratch, control)
+            status = _get(
+                fd, plan[item, REQUEST], plan[item, REQUEST_BYTES], cells_address + item * _POINTER_BYTES, _POINTER_BYTES, scratch, control
+            )
         else:
             status = _get(fd, plan[item, SECOND], plan[item, SECOND_BYTES], plan[item, VALUE], value_bytes, scratch, control)
         if status > OTHER_SIZE:
@@ -372,7 +373,7 @@ _CONTROL = types.Array(types.int64, 1, "C")
 _TABLE = types.Array(types.int64, 2, "C")
 _BYTES = types.Array(types.uint8, 1, "C")
 _ASK = _WORD(_WORD, _WORD, _WORD, _WORD, _WORD, _CONTROL)
-_READ = _WORD(_WORD, _TABLE, _BYTES, _TABLE, _WORD, _BYTES, _CONTROL)
+_READ = _WORD(_WORD, _TABLE, _BYTES, _TABLE, _WORD, _WORD, _BYTES, _CONTROL)
 _WRITE = _WORD(_WORD, _TABLE, _BYTES, _CONTROL)
 
 

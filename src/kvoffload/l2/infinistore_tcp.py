@@ -41,7 +41,7 @@ _PING = b"kvoffload:ping"
 
 
 class InfiniStoreTcpNode:
-    """An `L2Node`. A thread for each of ``connections``; writes leave one of several to finds and reads.
+    """An `L2Node`. A thread for each of ``connections``; writes take at most half of several, finds and reads any.
 
     ``host`` may be a name or an address of either family; ``value_bytes`` is what values will have at most, to reject settings that cannot
     work. ``clock`` must be that of the deadlines. Never says UNSETTLED. Raises UnsupportedError where numba cannot compile, MisuseError.
@@ -64,6 +64,8 @@ class InfiniStoreTcpNode:
         self._name = name
         self._server = Server(host, port, connect_timeout_s)
         self._connections = connections
+        # The server has one thread: more connections hide the time of flight, of a write once a value, of a read twice.
+        self._write_lanes = max(1, connections // 2)
         self._clock = clock
         self._loop: asyncio.AbstractEventLoop | None = None
         self._urgent: deque[Transfer] = deque()
@@ -148,7 +150,7 @@ class InfiniStoreTcpNode:
         for item in items:
             if not item.name or not 0 < item.buffer.nbytes <= MOST_VALUE_BYTES or not item.buffer.contiguous:
                 raise MisuseError(f"{item.name!r}: {item.buffer.nbytes} bytes, a name and one run of at least a byte are needed")
-        places = _cut([item.buffer.nbytes for item in items], self._connections)
+        places = _cut([item.buffer.nbytes for item in items], self._write_lanes if kind is Write else self._connections)
         shares = [kind(deadline, [items[place] for place in share]) for share in places]
         await self._perform(shares, deadline)
         outcomes = [Outcome.LATE] * len(items)
@@ -227,7 +229,7 @@ class InfiniStoreTcpNode:
             return self._urgent
         if self._reads:
             return self._reads
-        return self._writes if self._writes and len(self._writing) < max(1, self._connections - 1) else None
+        return self._writes if self._writes and len(self._writing) < self._write_lanes else None
 
     def _lane(self, is_probe: bool) -> Lane | None:
         if self._open:

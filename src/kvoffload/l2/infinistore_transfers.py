@@ -6,6 +6,8 @@ import os
 import time
 from collections.abc import Sequence
 from ctypes import addressof, c_char
+from itertools import accumulate
+from operator import add
 from typing import Any
 
 import numpy as np
@@ -170,12 +172,10 @@ class Values(_Asking):
         self.outcomes = [Outcome.LATE] * len(items)
 
     def conclude(self, status: int) -> None:
-        outcomes = self._outcomes.copy()  # `finish` goes on writing to the other; the caller has been told by then
         # A server without room for one value has none for the next of its size, and has hung up.
         rest = {native.EXPIRED: Outcome.LATE, native.REFUSED: Outcome.FULL}.get(status, Outcome.FAILED)
-        outcomes[outcomes == Outcome.LATE] = rest
-        outcomes[outcomes == native.DANGLING] = Outcome.ABSENT
-        self.outcomes = [_OUTCOMES[outcome] for outcome in outcomes.tolist()]
+        told = _OUTCOMES | {int(Outcome.LATE): rest, native.DANGLING: Outcome.ABSENT}
+        self.outcomes = [told[outcome] for outcome in self._outcomes.tolist()]
         self._views = []
         self._items = ()
 
@@ -199,7 +199,7 @@ class Read(Values):
 
     def __init__(self, deadline: float, items: Sequence[Item]) -> None:
         super().__init__(deadline, items)
-        self._cells = self._scratch = self._request = self._deleted = _NOTHING
+        self._cells = self._request = self._deleted = _NOTHING
         self._dangling: list[bytes] = []
 
     def prepare(self) -> None:
@@ -207,31 +207,32 @@ class Read(Values):
             return
         self._keys = [item.name.encode() for item in self._items]
         parts: list[bytes] = []
-        firsts, seconds, holes, key_bytes = [], [], [], -1
+        firsts, seconds, holes, key_bytes, place = [], [], [], -1, 0
         head, tail, hole, first, second = b"", b"", 0, payload_template(GET, 1, 0), payload_template(GET, 1, 0)
         for key in self._keys:
             if len(key) != key_bytes:  # as good as never
                 key_bytes = len(key)
                 first, second = payload_template(GET, key_bytes, 0), payload_template(GET, key_bytes + 1 + NONCE_BYTES, 0)
                 head, tail = first.tail + second.head, value_key(b"", _HOLE) + second.tail
-                hole = len(second.head) + key_bytes + 1
+                hole = len(first.fill(key)) + len(second.head) + key_bytes + 1
             parts += (first.head, key, head, key, tail)
             firsts.append(len(first.head) + key_bytes + len(first.tail))
             seconds.append(key_bytes + len(second.head) + len(tail))
-            holes.append(hole)
+            holes.append(place + hole)
+            place += firsts[-1] + seconds[-1]
         self._arena, self._plan = _arena_and_plan(parts, firsts, seconds, self._see())
-        self._plan[:, native.NONCE] = self._plan[:, native.SECOND] - _address(self._arena) + holes
+        self._plan[:, native.NONCE] = holes
         self._cells = np.zeros((len(self._keys), POINTER.size // 8), np.int64)
-        self._plan[:, native.CELL] = _address(self._cells) + POINTER.size * np.arange(len(self._keys))
-        self._scratch = np.empty(native.SCRATCH_BYTES, np.uint8)
 
     def transfer(self, fd: int) -> int:
-        return native.loops().read(fd, self._plan, self._arena, self._cells, _address(self._scratch), self._outcomes, self._control)
+        return native.loops().read(
+            fd, self._plan, self._arena, self._cells, _address(self._cells), _SCRATCH_ADDRESS, self._outcomes, self._control
+        )
 
     def conclude(self, status: int) -> None:
         super().conclude(status)
         if status == native.OK:
-            self._dangling = [self._keys[index] for index in np.flatnonzero(self._outcomes == native.DANGLING).tolist()]
+            self._dangling = [key for key, outcome in zip(self._keys, self._outcomes.tolist(), strict=True) if outcome == native.DANGLING]
 
     @property
     def is_unfinished(self) -> bool:
@@ -322,6 +323,8 @@ class Write(Values):
 
 _NOTHING: Any = np.empty(0, np.uint8)
 _OUTCOMES = {int(outcome): outcome for outcome in Outcome}
+_SCRATCH = np.empty(native.SCRATCH_BYTES, np.uint8)  # all threads write to it, and nobody reads it
+_SCRATCH_ADDRESS = int(_SCRATCH.__array_interface__["data"][0])
 
 
 def _address(array: Any) -> int:
@@ -334,11 +337,10 @@ def _arena_and_plan(
     """The requests in one writable run, and the plan. Of each item first and second request, so long, and its memory."""
     arena = np.frombuffer(bytearray(b"".join(parts)), np.uint8)
     plan = np.zeros((len(firsts), native.PLAN_COLUMNS), np.int64)
-    plan[:, native.REQUEST_BYTES], plan[:, native.SECOND_BYTES] = firsts, seconds
-    lengths = plan[:, native.REQUEST_BYTES] + plan[:, native.SECOND_BYTES]
-    plan[:, native.REQUEST] = _address(arena) + np.cumsum(lengths) - lengths
-    plan[:, native.SECOND] = plan[:, native.REQUEST] + plan[:, native.REQUEST_BYTES]
-    plan[:, (native.VALUE, native.VALUE_BYTES)] = np.array(seen, np.int64).reshape(-1, 2)
+    places = list(accumulate(map(add, firsts, seconds), initial=_address(arena)))[:-1]
+    plan[:, native.REQUEST], plan[:, native.REQUEST_BYTES] = places, firsts
+    plan[:, native.SECOND], plan[:, native.SECOND_BYTES] = list(map(add, places, firsts)), seconds
+    plan[:, native.VALUE : native.VALUE_BYTES + 1] = np.array(seen, np.int64).reshape(-1, 2)
     return arena, plan
 
 
