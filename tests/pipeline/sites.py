@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import ExitStack, closing
-from typing import Protocol
+from typing import Protocol, TypeVar
 from urllib.parse import urlsplit
 
+import pytest
 import redis
 from tests.infinistore import raw
-from tests.infinistore.environment import Environment
 from tests.infinistore.server import InfiniStoreServer
 from tests.pipeline.proxy import Proxy, Way
 
 from kvoffload.config import L2Settings
+from kvoffload.errors import UnsupportedError
 from kvoffload.l2.infinistore_wire import new_nonces, pack_pointer, parse_pointer, value_key
 from kvoffload.l2.ring import NodeAddress
-from kvoffload.testing.fake_node import FakeNode, FakeStore, NodeFault
+from kvoffload.testing.fake_node import FakeNode, FakeStore, Kind, NodeFault
 from kvoffload.testing.valkey import ValkeyServer, free_port
+
+T = TypeVar("T")
 
 WAIT_S = 20.0
 """A bound for what takes milliseconds, or a breaker's pause; only a failing test waits for it."""
@@ -83,19 +86,21 @@ class FakeSite:
         self.nodes.append((asyncio.get_running_loop(), node))
         return node
 
-    def each(self, act: Callable[[FakeNode], object]) -> None:
+    def each(self, act: Callable[[FakeNode], T]) -> list[T]:
         """On every client, on its loop."""
+        answers: list[T] = []
         for loop, node in self.nodes:
-            done: Future[object] = Future()
+            done: Future[T] = Future()
             try:
                 loop.call_soon_threadsafe(lambda node=node, done=done: done.set_result(act(node)))  # type: ignore[misc]
             except RuntimeError:  # its engine was closed
                 continue
-            done.result(WAIT_S)
+            answers.append(done.result(WAIT_S))
+        return answers
 
-    def fail(self, kind: str, fault: NodeFault) -> None:
+    def fail(self, kind: Kind, fault: NodeFault) -> None:
         """Every call of this kind, until NONE."""
-        self.each(lambda node: node.fail_always(kind, fault))  # type: ignore[arg-type]
+        self.each(lambda node: node.fail_always(kind, fault))
 
     def kill(self) -> None:
         self._is_up = self._is_frozen = False
@@ -128,9 +133,9 @@ class FakeSite:
     def wait_held(self) -> None:
         waiting = threading.Event()
         for _ in range(int(WAIT_S / 0.002)):
-            self.each(lambda node: node._waiting["read"] + node._waiting["write"] > 0 and waiting.set())
-            if waiting.wait(0.002):
+            if any(self.each(lambda node: node._waiting["read"] + node._waiting["write"])):
                 return
+            waiting.wait(0.002)
         raise AssertionError("nothing came to be held")
 
     def release(self) -> None:
@@ -163,7 +168,10 @@ class RedisSite:
 
     def __init__(self, *, maxmemory_bytes: int | None = None) -> None:
         self._close = ExitStack()
-        self.server = self._close.enter_context(ValkeyServer(maxmemory_bytes=maxmemory_bytes))
+        try:
+            self.server = self._close.enter_context(ValkeyServer(maxmemory_bytes=maxmemory_bytes))
+        except UnsupportedError as error:
+            pytest.skip(str(error))
         self.proxy = self._close.enter_context(Proxy(self.server.port))
         self._is_killed = False
 
@@ -224,9 +232,9 @@ class RedisSite:
 class InfiniStoreSite:
     backend = "infinistore"
 
-    def __init__(self, environment: Environment, *, allocation_kb: int = 16) -> None:
+    def __init__(self, server: InfiniStoreServer) -> None:
         self._close = ExitStack()
-        self.server = self._close.enter_context(InfiniStoreServer(environment, allocation_kb=allocation_kb))
+        self.server = server
         self.proxy = self._close.enter_context(Proxy(self.server.port))
 
     @property
@@ -287,3 +295,22 @@ class InfiniStoreSite:
 
 HELD_AFTER = 150_000
 """Bytes, of transfers of a MiB: in the middle of a value of 64 KiB."""
+
+KINDS = ("fake", "redis", "infinistore")
+
+
+def open_site(request: pytest.FixtureRequest, *, is_mortal: bool) -> Iterator[Site]:
+    """For a fixture with `KINDS` for its params: an empty node, which the test may kill and freeze, if ``is_mortal``. Nothing else may
+    have ended it."""
+    made: Site
+    if request.param == "fake":
+        made = FakeSite()
+    elif request.param == "redis":
+        made = RedisSite()
+    else:
+        made = InfiniStoreSite(request.getfixturevalue("infinistore_server" if is_mortal else "infinistore_shared"))
+    try:
+        yield made
+        made.check()
+    finally:
+        made.close()

@@ -7,6 +7,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import anyio
 import pytest
@@ -21,7 +22,7 @@ OLD, NEW = 1, 2
 
 
 @asynccontextmanager
-async def engines(site: Site, deadline_s: float = DEADLINE_S, **l2: object) -> AsyncIterator[tuple[Engine, Engine]]:
+async def engines(site: Site, deadline_s: float = DEADLINE_S, **l2: Any) -> AsyncIterator[tuple[Engine, Engine]]:
     """One that has written OLD, and one that has nothing in its L1. At the end nothing is under way, lost or held."""
     async with engine(site, deadline_s=deadline_s, **l2) as writer, engine(site, deadline_s=deadline_s, **l2) as reader:
         assert await writer.write(OLD) == COUNT
