@@ -142,25 +142,13 @@ def _send_all(fd: int, address: int, count: int, flags: int, control: Any) -> An
 
 
 @register_jitable
-def _receive_all(fd: int, address: int, count: int, control: Any) -> Any:
+def _receive_all(fd: int, address: int, count: int, is_kept: bool, control: Any) -> Any:
+    """``address`` is room for `SCRATCH_BYTES` where what comes is not kept."""
     while control[OFFSET] < count:
         if not _slice(fd, control):
             return EXPIRED
-        got = _recv(fd, address + control[OFFSET], count - control[OFFSET], _WAITALL)
-        if got > 0:
-            control[OFFSET] += got
-        elif got == 0 or _failed(control):
-            return CLOSED
-    _next_phase(control)
-    return OK
-
-
-@register_jitable
-def _receive_nowhere(fd: int, scratch: int, count: int, control: Any) -> Any:
-    while control[OFFSET] < count:
-        if not _slice(fd, control):
-            return EXPIRED
-        got = _recv(fd, scratch, min(count - control[OFFSET], SCRATCH_BYTES), _WAITALL)
+        left, place = count - control[OFFSET], control[OFFSET] if is_kept else 0
+        got = _recv(fd, address + place, left if is_kept else min(left, SCRATCH_BYTES), _WAITALL)
         if got > 0:
             control[OFFSET] += got
         elif got == 0 or _failed(control):
@@ -225,10 +213,8 @@ def _get(fd: int, request: int, request_bytes: int, into: int, into_bytes: int, 
         if status != OK:
             return status
     size = _word32(_at(control, REPLY) + 4)
-    if size == into_bytes and control[DISCARD] == 0:
-        status = _receive_all(fd, into, into_bytes, control)
-    else:
-        status = _receive_nowhere(fd, scratch, size, control)
+    is_kept = size == into_bytes and control[DISCARD] == 0
+    status = _receive_all(fd, into if is_kept else scratch, size, is_kept, control)
     if status != OK:
         return status
     control[PHASE] = 0
@@ -247,7 +233,7 @@ def _ask(fd: int, requests: int, requests_bytes: int, answers: int, answers_byte
         if status != OK:
             return status
     _quick_ack(fd, control)
-    status = _receive_all(fd, answers, answers_bytes, control)
+    status = _receive_all(fd, answers, answers_bytes, True, control)
     if status == OK:
         control[PHASE] = 0
     return status
@@ -354,7 +340,7 @@ def _write(fd: int, plan: Any, outcomes: Any, control: Any) -> Any:
                 _next_phase(control)
             _quick_ack(fd, control)
         count = 8 if has_value and item > 0 else 4
-        status = _receive_all(fd, _at(control, REPLY), count, control)
+        status = _receive_all(fd, _at(control, REPLY), count, True, control)
         if status == OK:
             control[PHASE] = 0
             status = _take_codes(control, count, outcomes)
