@@ -7,8 +7,9 @@ import sys
 from dataclasses import replace
 
 import pytest
+from tests.infinistore.server import InfiniStoreServer
 
-from kvoffload.cli.demo import is_success, report_lines, summary
+from kvoffload.cli.demo import is_success, report_lines, second_engine_lines, summary
 from kvoffload.cli.demo_engine import Outcome
 from kvoffload.cli.demo_prompts import SHARED_WORDS, demo_prompts
 
@@ -62,7 +63,15 @@ def test_a_different_answer_is_a_failure() -> None:
 def test_nothing_loaded_is_a_failure() -> None:
     computed = [replace(outcome, from_l1=0) for outcome in LOADED]
     assert not is_success(computed)
-    assert summary(computed) == "FAILED: nothing came from L1."
+    assert summary(computed) == "FAILED: nothing came from host memory."
+    assert summary(computed, "the node") == "FAILED: nothing came from the node."
+
+
+def test_the_second_engine_s_part_says_where_blocks_were() -> None:
+    lines = second_engine_lines(LOADED, {"backend": "infinistore", "nodes": ["10.0.0.1:12345", "10.0.0.2:12345"]})
+    assert max(len(line) for line in lines) <= 100
+    assert "InfiniStore, 10.0.0.1:12345, 10.0.0.2:12345" in lines[1]
+    assert any("from L2" in line for line in lines)
 
 
 @pytest.mark.vllm
@@ -70,6 +79,17 @@ def test_nothing_loaded_is_a_failure() -> None:
 def test_the_demo_with_real_vllm() -> None:
     done = subprocess.run([sys.executable, "-m", "kvoffload.cli", "demo"], capture_output=True, text=True, timeout=380, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+    assert "came back from the node" in done.stdout
     assert done.stdout.rstrip().endswith("every answer was the same.")
     assert done.stderr == ""
     assert max(len(line) for line in done.stdout.splitlines()) <= 100
+
+
+@pytest.mark.vllm
+@pytest.mark.timeout(400)
+def test_the_demo_with_the_real_infinistore(infinistore_server: InfiniStoreServer) -> None:
+    command = [sys.executable, "-m", "kvoffload.cli", "demo", "--infinistore", infinistore_server.address]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=380, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "wrote to InfiniStore" in done.stdout
+    assert infinistore_server.stored() > 0

@@ -30,7 +30,8 @@ def _run(options: argparse.Namespace) -> int:
             from kvoffload.cli.demo import run_demo
 
             l1_bytes = int(options.l1_mb * (1 << 20))
-            return run_demo(l1_bytes=l1_bytes, multiprocessing=options.multiprocessing, verbose=options.verbose)
+            nodes = [node for node in options.infinistore.split(",") if node]
+            return run_demo(l1_bytes=l1_bytes, multiprocessing=options.multiprocessing, verbose=options.verbose, infinistore=nodes)
         case "bench":
             from kvoffload.cli.bench import run_benches, runners
 
@@ -60,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     demo = commands.add_parser("demo", help="see prompts come back from host memory, with real vLLM on this CPU")
     demo.add_argument("--l1-mb", type=_positive, default=128.0, metavar="MIB", help="host memory for blocks; try 64 (default: 128)")
     demo.add_argument("--multiprocessing", action="store_true", help="vLLM's default: several processes; shows no L1 counters")
+    demo.add_argument("--infinistore", default="", metavar="HOST:PORT,...", help="nodes for the second engine's part; default: a Valkey")
     demo.add_argument("--verbose", action="store_true", help="show vLLM's own log")
 
     bench = commands.add_parser("bench", help="measure what kvoffload promises")

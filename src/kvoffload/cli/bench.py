@@ -52,9 +52,11 @@ def run_benches(benches: Mapping[str, Runner], *, quick: bool, as_json: bool, st
         for figure in found:
             print(json.dumps(asdict(figure)) if as_json else _line(figure), flush=True)
     if not as_json and figures:
-        short = [figure for figure in figures if not figure.passed]
+        short = sum(figure.is_measured and not figure.passed for figure in figures)
+        missing = sum(not figure.is_measured for figure in figures)
+        unmeasured = f", {missing} were not measured" if missing else ""
         quickly = " (--quick: the figures mean little)" if quick else ""
-        print(f"\n  {len(figures)} figures, {len(short)} of them fall short{quickly}")
+        print(f"\n  {len(figures)} figures, {short} of them fall short{unmeasured}{quickly}")
     return 1 if failed or (strict and any(not figure.passed for figure in figures)) else 0
 
 
@@ -62,5 +64,7 @@ def _line(figure: Figure) -> str:
     digits = 3 if abs(figure.value) < 1 else 2 if abs(figure.value) < 100 else 0
     value = f"{figure.value:,.{digits}f}"
     verdict = "pass" if figure.passed else "falls short"
+    if not figure.is_measured:
+        value, verdict = "-", "not measured"
     head = f"  {figure.name.ljust(NAME_WIDTH)}{f'{value} {figure.unit}'.rjust(13)}  {figure.target.ljust(12)}{verdict}"
     return head + (f"\n      {figure.detail}" if figure.detail else "")
