@@ -298,6 +298,19 @@ def test_leases_and_fetches_hold_at_most_their_share() -> None:
     assert rig.match(chain("c", 2), "z").reason == HitReason.HIT
 
 
+def test_nobody_takes_the_room_of_what_came_while_the_rest_is_on_its_way() -> None:
+    rig = RemoteRig(12)
+    rig.save(B[:1])
+    rig.finish_writes()
+    rig.ask(A)
+    rig.answer_finds()
+    rig.finish_fetches("n0")
+    assert (rig.slots_in(State.FILLED), rig.statistics().protected, rig.remote.fetching) == (1, 1, 4)
+    assert rig.match(B[:1], "other").reason == HitReason.NO_ROOM
+    rig.finish_fetches()
+    assert (rig.hits[-1].reason, len(rig.hits[-1].slots)) == (HitReason.HIT, 6)
+
+
 def test_a_reset_drops_who_waits_and_l2_is_not_used_again() -> None:
     rig = RemoteRig(16)
     rig.save(B[:2])

@@ -31,6 +31,16 @@ def test_all_that_is_committed_is_written_a_batch_per_node() -> None:
     assert not rig.writes, "once"
 
 
+def test_every_block_that_comes_into_a_full_cache_is_written_whatever_its_slot_held_before() -> None:
+    rig = RemoteRig(6, max_waiting_share=1.0)
+    rig.put(A)
+    rig.send(ForgetRequest("r"))
+    for name in "cde":
+        rig.save(chain(name, 6))
+        assert rig.written() == set(chain(name, 6))
+        rig.finish_writes()
+
+
 def test_a_block_is_written_when_it_is_ready_and_not_before() -> None:
     rig = RemoteRig(16)
     parent = rig.reserve(A[:2])
