@@ -39,7 +39,7 @@ REASONS = {
 
 def run_demo(*, l1_bytes: int, multiprocessing: bool, verbose: bool, infinistore: Sequence[str] = ()) -> int:
     """0 when every answer was the same and tokens came from L1, and from L2 where there is one. ``infinistore``: its nodes, host:port."""
-    print("\nkvoffload demo: prompts whose KV cache left vLLM come back from host memory, and reach another engine\n")
+    print("\nkvoffload demo: prompts whose KV cache left vLLM come back, to it and to another engine\n")
     if find_spec("vllm") is None:
         print("  vLLM is not installed here: `nox -s demo` makes an environment that has it.", file=sys.stderr)
         return 1

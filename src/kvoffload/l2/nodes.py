@@ -13,6 +13,14 @@ INFINISTORE_PORT = 12345
 """What AIBrix's controller gives its servers; the server's own default is another, 22345."""
 
 
+def prepare(settings: L2Settings) -> None:
+    """Whatever takes seconds, once per machine: the compiled loops of InfiniStore's client. Not on a loop."""
+    if settings.backend == "infinistore" and settings.transport == "tcp":
+        from kvoffload.l2.infinistore_native import loops
+
+        loops()
+
+
 def make_node(address: NodeAddress, settings: L2Settings, value_bytes: int) -> L2Node:
     """The client of the node at ``address``, not connected yet; ``value_bytes``: header and payload of one rank's part of a block.
 

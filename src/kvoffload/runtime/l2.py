@@ -7,6 +7,7 @@ from hashlib import blake2b
 
 import anyio
 import anyio.abc
+import anyio.to_thread
 
 from kvoffload.actors.l2_prefetcher import L2Prefetcher, PrefetcherConfig
 from kvoffload.actors.l2_writer import L2Writer, WriterConfig
@@ -15,7 +16,7 @@ from kvoffload.config import L2Settings
 from kvoffload.envelope import Envelope
 from kvoffload.errors import KVOffloadError
 from kvoffload.l2.node import L2Node
-from kvoffload.l2.nodes import make_node
+from kvoffload.l2.nodes import make_node, prepare
 from kvoffload.l2.ring import NodeAddress
 from kvoffload.l2.transfers import SlotBuffers, Turns
 from kvoffload.layout import HEADER_BYTES
@@ -60,6 +61,7 @@ class L2Runtime:
 
     async def run(self) -> None:
         try:
+            await anyio.to_thread.run_sync(prepare, self._settings)
             async with anyio.create_task_group() as self._tasks:
                 await Supervisor([Child("membership", self.membership.run, RestartPolicy(restarts=None))]).run()
         finally:
