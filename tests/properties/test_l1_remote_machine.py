@@ -292,7 +292,7 @@ class RemoteMachine(L1Machine):
         assert remote is not None
         assert remote.waiting == len(self.asked)
         assert remote.fetching + remote.writing == len(self.touched()) <= CAPACITY
-        if self.remote_config is not None and self.remote_config.ingestion == "all" and not (self.lost or self.was_reset):
+        if self.remote_config.ingestion == "all" and not (self.lost or self.was_reset):
             counts = remote.totals
             assert counts.offered + counts.write_dropped == self.core.statistics().committed, "a block was neither written nor dropped"
 
