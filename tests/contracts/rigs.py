@@ -13,11 +13,14 @@ from functools import lru_cache
 from typing import Protocol
 
 import anyio
+from tests.contracts.arena import arena
 from tests.infinistore.server import InfiniStoreServer
 
+from kvoffload.l2.infinistore_rdma import InfiniStoreRdmaNode, RdmaSettings
 from kvoffload.l2.node import Item, L2Node, Outcome
 from kvoffload.l2.redis import RedisNode
 from kvoffload.testing.fake_node import FakeNode, FakeStore
+from kvoffload.testing.rdma_server import RdmaServer, stand_in
 from kvoffload.testing.valkey import ValkeyServer
 
 SLACK_S = 2.0
@@ -124,9 +127,40 @@ class InfiniStoreRig:
         self._server.cont()
 
 
+class RdmaRig:
+    """The real child process; the native client in it, and the server, are stand-ins."""
+
+    def __init__(self, server: RdmaServer) -> None:
+        self._server = server
+        self.where = str(server.port)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._server.is_alive
+
+    def node(self, *, connections: int = 3) -> L2Node:
+        settings = RdmaSettings(connect_timeout_s=CONNECT_S, patience_s=0.5, silence_s=1.0, start_timeout_s=5.0)
+        return InfiniStoreRdmaNode(
+            "n", "127.0.0.1", self._server.port, value_bytes=1 << 20, segments=[arena().segment], settings=settings, spawn=stand_in()
+        )
+
+    def kill(self) -> None:
+        self._server.kill()
+
+    def restart(self) -> None:
+        self._server.restart()
+
+    def freeze(self) -> None:
+        self._server.freeze()
+
+    def thaw(self) -> None:
+        self._server.thaw()
+
+
 @asynccontextmanager
 async def opened(rig: Rig, count: int = 1, *, connections: int = 3) -> AsyncIterator[list[L2Node]]:
     """So many clients, closed at the end, when nothing of them may be left: no task, thread or descriptor."""
+    arena()  # it stays
     tasks, threads, files = asyncio.all_tasks(), set(threading.enumerate()), open_files()
     async with AsyncExitStack() as stack:
         nodes = [rig.node(connections=connections) for _ in range(count)]
@@ -167,12 +201,15 @@ def value_of(name: str, size: int) -> bytes:
 
 def full(names: Sequence[str], size: int) -> list[Item]:
     """What is to be written."""
-    return [Item(name, memoryview(bytearray(value_of(name, size)))) for name in names]
+    items = empty(names, size)
+    for item in items:
+        item.buffer[:] = value_of(item.name, size)
+    return items
 
 
 def empty(names: Sequence[str], size: int) -> list[Item]:
     """To be read into."""
-    return [Item(name, memoryview(bytearray(size))) for name in names]
+    return [Item(name, arena().take(size)) for name in names]
 
 
 def paint(items: Sequence[Item]) -> None:

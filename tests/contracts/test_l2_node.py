@@ -67,7 +67,8 @@ async def test_find_sees_the_holes(rig: Rig) -> None:
 async def test_the_first_value_stays(rig: Rig) -> None:
     async with opened(rig, 2) as (first, second):
         await stored(first, names(3), 5000)
-        others = [Item(name, memoryview(bytearray(b"x" * 5000))) for name in names(3)]
+        others = empty(names(3), 5000)
+        paint(others)
         assert await second.write(others, soon()) == [Outcome.DONE] * 3
         for node in (first, second):
             items = empty(names(3), 5000)
