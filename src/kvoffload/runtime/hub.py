@@ -176,15 +176,24 @@ class HubRuntime:
         self.turn_off(f"rank {rank} is lost: {reason}", quiet=quiet)
 
     def drain(self, timeout_s: float) -> bool:
-        """Where there is a second tier: take nothing new, and wait until what was begun is written; whether it all was. Not on the loop."""
+        """Where there is a second tier: wait until what was saved is on its nodes, and take nothing new; whether it all is.
+
+        For any thread but the loop's.
+        """
         opened = self._opened
         if opened is None or opened.l2 is None:
             return True
-        reply: Reply[bool] = Reply()
-        opened.posts.owe(Drain(time.monotonic() + timeout_s, reply))
+        deadline = time.monotonic() + timeout_s
+        flushed: Reply[bool] = Reply()
+        drained: Reply[bool] = Reply()
         try:
-            return reply.wait_sync(timeout_s + 0.1) is True
+            # A drain alone would end with L1: nothing new goes to the nodes from then on, not even what is being saved.
+            opened.posts.owe(Flush(flushed))
+            is_whole = flushed.wait_sync(timeout_s * 0.7) is True
+            opened.posts.owe(Drain(deadline, drained))
+            return drained.wait_sync(max(0.0, deadline - time.monotonic()) + 0.1) is True and is_whole
         except PeerError:
+            opened.posts.owe(Drain(deadline, drained))
             return False
 
     def close(self) -> None:
