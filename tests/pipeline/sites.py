@@ -29,8 +29,8 @@ WAIT_S = 20.0
 """A bound for what takes milliseconds, or a breaker's pause; only a failing test waits for it."""
 
 
-class Site(Protocol):
-    """One node, empty at first. Methods block, and are for the test's thread."""
+class Place(Protocol):
+    """What an engine must know of its nodes."""
 
     backend: str
 
@@ -40,6 +40,10 @@ class Site(Protocol):
 
     def make(self, address: NodeAddress, settings: L2Settings, value_bytes: int) -> FakeNode | None:
         """The client; None for a real one."""
+
+
+class Site(Place, Protocol):
+    """One node, empty at first. Methods block, and are for the test's thread."""
 
     def kill(self) -> None: ...
     def restart(self, *, elsewhere: bool = False) -> None:
@@ -71,18 +75,20 @@ class FakeSite:
 
     backend = "redis"
 
-    def __init__(self) -> None:
-        self.port = 6379
+    def __init__(self, port: int = 6379) -> None:
+        self.port = port
         self.values: dict[str, bytes] = {}
         self.nodes: list[tuple[asyncio.AbstractEventLoop, FakeNode]] = []
         self.bytes_per_s: float | None = None
         self.kind: type[FakeNode] = FakeNode
+        self.settle_s: float | None = None
         self._is_up, self._is_frozen = True, False
 
     def make(self, address: NodeAddress, settings: L2Settings, value_bytes: int) -> FakeNode:
         is_here = urlsplit(address.url).port == self.port
         store = FakeStore(self.values if is_here else {}, is_up=self._is_up and is_here, is_frozen=self._is_frozen)
-        node = self.kind(address.name, store, latency_s=(0.0, 0.001), bytes_per_s=self.bytes_per_s, seed=len(self.nodes))
+        node = self.kind(address.name, store, latency_s=(0.0, 0.001), settle_s=self.settle_s, seed=len(self.nodes))
+        node.bytes_per_s = self.bytes_per_s
         self.nodes.append((asyncio.get_running_loop(), node))
         return node
 
@@ -114,6 +120,12 @@ class FakeSite:
             self.values = {}
         else:
             self.each(lambda node: node.store.restart())
+
+    def revive(self) -> None:
+        """Up, and not frozen, with whatever it has."""
+        if not self._is_up:
+            self.restart()
+        self.thaw()
 
     def freeze(self) -> None:
         self._is_frozen = True
