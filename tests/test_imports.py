@@ -17,7 +17,7 @@ SOURCE = Path(kvoffload.__file__).parent
 PURE = ("errors", "messages", "keys", "namespace", "envelope", "l1", "l2.ring", "l2.breaker")
 """Decisions without a loop, an engine or a device: modules and packages below kvoffload, those that do not exist yet too."""
 
-WITH_ASYNCIO = ("bridge", "l2.infinistore_tcp", "l2.lanes", "l2.redis", "runtime", "standalone", "testing")
+WITH_ASYNCIO = ("bench", "bridge", "l2.infinistore_tcp", "l2.lanes", "l2.redis", "runtime", "standalone", "testing")
 WITH_ENVIRONMENT = ("config", "cli", "bench", "testing")  # the last three start processes
 
 

@@ -10,7 +10,7 @@ import kvoffload
 
 __all__ = ["main"]
 
-BENCHES = ("copy", "index", "keys", "hooks", "ttft", "engine", "saves")
+BENCHES = ("copy", "index", "keys", "hooks", "ttft", "engine", "saves", "l2")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +36,8 @@ def _run(options: argparse.Namespace) -> int:
             from kvoffload.cli.bench import run_benches, runners
 
             names = BENCHES if options.figure == "all" else (options.figure,)
-            return run_benches(runners(names), quick=options.quick, as_json=options.json, strict=options.strict)
+            server = (options.infinistore, options.native_client)
+            return run_benches(runners(names, *server), quick=options.quick, as_json=options.json, strict=options.strict)
         case "l2":
             from kvoffload.cli.l2 import run_l2
 
@@ -65,10 +66,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--verbose", action="store_true", help="show vLLM's own log")
 
     bench = commands.add_parser("bench", help="measure what kvoffload promises")
-    bench.add_argument("figure", choices=(*BENCHES, "all"), help="what to measure; hooks, ttft, engine and saves run real vLLM")
+    bench.add_argument("figure", choices=(*BENCHES, "all"), help="what to measure; hooks, ttft, engine, saves and l2 run real vLLM")
     bench.add_argument("--json", action="store_true", help="one JSON object per figure and line")
     bench.add_argument("--quick", action="store_true", help="seconds instead of minutes: to see that it runs, not for figures")
-    bench.add_argument("--strict", action="store_true", help="exit with 1 when a figure falls short")
+    bench.add_argument("--strict", action="store_true", help="exit with 1 when a figure falls short or is not measured")
+    bench.add_argument("--infinistore", metavar="HOST:PORT", help="for l2: a server that nobody needs; values of 4 MiB may freeze it")
+    bench.add_argument("--native-client", metavar="COMMAND", help="for l2: a Python that has infinistore's client (default: this one)")
 
     l2 = commands.add_parser("l2", help="reach the nodes of the second tier, try them, empty them")
     l2.add_argument("what", choices=("ping", "check", "purge"), help="check writes, reads back and verifies blocks that nobody asks for")

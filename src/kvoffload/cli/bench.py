@@ -18,8 +18,8 @@ NAME_WIDTH = 60
 Runner = Callable[[bool], list[Figure]]
 
 
-def runners(names: Sequence[str]) -> dict[str, Runner]:
-    """The benchmarks of these names; their modules are imported when they run."""
+def runners(names: Sequence[str], infinistore: str | None = None, native_client: str | None = None) -> dict[str, Runner]:
+    """The benchmarks of these names; their modules are imported when they run. The rest is for l2: see `InfiniStore.parse`."""
 
     def runner(name: str) -> Runner:
         def run(quick: bool) -> list[Figure]:
@@ -30,7 +30,13 @@ def runners(names: Sequence[str]) -> dict[str, Runner]:
 
         return run
 
-    return {name: runner(name) for name in names}
+    def run_l2(quick: bool) -> list[Figure]:
+        from kvoffload.bench import l2
+        from kvoffload.bench.l2_rivals import InfiniStore
+
+        return l2.run(quick, InfiniStore.parse(infinistore, native_client) if infinistore is not None else None)
+
+    return {name: run_l2 if name == "l2" else runner(name) for name in names}
 
 
 def run_benches(benches: Mapping[str, Runner], *, quick: bool, as_json: bool, strict: bool) -> int:
