@@ -17,7 +17,8 @@ SOURCE = Path(kvoffload.__file__).parent
 PURE = ("errors", "messages", "keys", "namespace", "envelope", "l1", "l2.ring", "l2.breaker")
 """Decisions without a loop, an engine or a device: modules and packages below kvoffload, those that do not exist yet too."""
 
-WITH_ASYNCIO = ("bench", "bridge", "l2.infinistore_tcp", "l2.lanes", "l2.redis", "runtime", "standalone", "testing")
+RDMA = tuple(f"l2.{name}" for name in ("infinistore_rdma", "rdma_child", "rdma_lives", "rdma_process", "rdma_session", "rdma_tether"))
+WITH_ASYNCIO = ("bench", "bridge", "l2.infinistore_tcp", "l2.lanes", "l2.redis", *RDMA, "runtime", "standalone", "testing")
 WITH_ENVIRONMENT = ("config", "cli", "bench", "testing")  # the last three start processes
 
 

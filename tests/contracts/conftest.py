@@ -49,7 +49,7 @@ def rig(request: pytest.FixtureRequest) -> Iterator[Rig]:
         made = RedisRig(server)
     elif request.param == "rdma":
         stand_in: RdmaServer = request.getfixturevalue("rdma_shared")
-        stand_in.purge()
+        stand_in.reset()
         made = RdmaRig(stand_in)
     else:
         made = InfiniStoreRig(request.getfixturevalue("infinistore_shared"))

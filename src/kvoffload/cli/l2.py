@@ -25,6 +25,7 @@ from kvoffload.l2.nodes import make_node
 from kvoffload.l2.ring import NodeAddress
 from kvoffload.layout import HEADER_BYTES
 from kvoffload.runtime.nodes_now import nodes_now
+from kvoffload.segment import Segment
 
 TIMEOUT_S = 5.0
 CHECK_BLOCKS = 8
@@ -83,23 +84,26 @@ async def _run(command: str, settings: L2Settings, *, manage_port: int, yes: boo
 async def _one(command: str, address: NodeAddress, settings: L2Settings, manage_port: int) -> str:
     if command == "purge":
         return await _purge(address, settings, manage_port)
-    node = make_node(address, settings, HEADER_BYTES + CHECK_BYTES)
+    segment = Segment.create(2 * CHECK_BLOCKS * (HEADER_BYTES + CHECK_BYTES), HEADER_BYTES + CHECK_BYTES)  # RDMA takes no other memory
+    node = make_node(address, settings, segment.slot_bytes, (segment,))
     try:
         if command == "ping":
             await node.ping(time.monotonic() + TIMEOUT_S)  # connects
             return f"answers in {human_seconds(await node.ping(time.monotonic() + TIMEOUT_S))}"
-        return await _check(node)
+        return await _check(node, segment)
     finally:
         await node.close()
+        segment.close()
 
 
-async def _check(node: L2Node) -> str:
+async def _check(node: L2Node, segment: Segment) -> str:
     """Write blocks, read them back, verify them. Their keys are random: nobody asks for them, and they leave as others come."""
     envelope = Envelope(secrets.token_bytes(24), CHECK_BYTES, secrets.token_bytes(32))
     keys = [secrets.token_bytes(24) for _ in range(CHECK_BLOCKS)]
     names = [value_name("check", key, 0) for key in keys]
-    slots = [np.frombuffer(bytearray(HEADER_BYTES) + secrets.token_bytes(CHECK_BYTES), dtype=np.uint8) for _ in keys]
+    slots = [segment.slot(index) for index in range(CHECK_BLOCKS)]
     for slot, key in zip(slots, keys, strict=True):
+        slot[HEADER_BYTES:] = np.frombuffer(secrets.token_bytes(CHECK_BYTES), dtype=np.uint8)
         envelope.seal(slot, key)
     await node.ping(time.monotonic() + TIMEOUT_S)
     begun = time.monotonic()
@@ -109,7 +113,7 @@ async def _check(node: L2Node) -> str:
     found = await node.find(names, time.monotonic() + TIMEOUT_S)
     if found != [True] * len(names):
         raise NodeUnreachable(f"it took {len(names)} blocks and then had {sum(found or ())} of them: is it full, or shared with others?")
-    back = [np.zeros_like(slot) for slot in slots]
+    back = [segment.slot(CHECK_BLOCKS + index) for index in range(CHECK_BLOCKS)]
     begun = time.monotonic()
     _expect("reading", await node.read([Item(name, slot.data) for name, slot in zip(names, back, strict=True)], begun + TIMEOUT_S))
     read_s = time.monotonic() - begun

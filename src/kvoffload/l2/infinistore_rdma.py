@@ -17,36 +17,21 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
-from enum import Enum, auto
+from dataclasses import dataclass
 from pathlib import Path
 
 import anyio
 
-from kvoffload.errors import MisuseError, PeerError
+from kvoffload.errors import MisuseError
 from kvoffload.l2.node import Item, NodeUnreachable, Outcome
 from kvoffload.l2.rdma_devices import SYSFS, Device
-from kvoffload.l2.rdma_frames import (
-    MOST_NAME_BYTES,
-    MOST_VALUES,
-    PROTOCOL_VERSION,
-    Answer,
-    Broken,
-    Connect,
-    Connected,
-    Find,
-    FromChild,
-    Move,
-    NotConnected,
-    Setup,
-    Withdraw,
-)
+from kvoffload.l2.rdma_frames import MOST_NAME_BYTES, MOST_VALUES, PROTOCOL_VERSION, Find, Move, Setup
+from kvoffload.l2.rdma_lives import Call, Life, Lives, again
 from kvoffload.l2.rdma_memory import Memory, Shared
-from kvoffload.l2.rdma_process import Launch, RdmaProcess
+from kvoffload.l2.rdma_process import Launch
 from kvoffload.observe.logs import get_logger
 
 log = get_logger("l2")
@@ -54,14 +39,7 @@ log = get_logger("l2")
 MOST_VALUE_BYTES = (1 << 31) - 1  # the native client takes an int
 _GRACE_S = 0.05  # after the deadline, for the child to say what became of it
 _CANCEL_GRACE_S = 0.25
-_FIRST_PAUSE_S = 0.05
-_LONGEST_PAUSE_S = 10.0
-_MOST_DYING = 3
 _PING = "kvoffload:ping"
-_LONG_LIFE_S = 10.0
-_FREE_CRASHES = 2
-_OF_A_READ = frozenset(map(int, (Outcome.DONE, Outcome.ABSENT, Outcome.MALFORMED, Outcome.FAILED, Outcome.LATE)))
-_OF_A_WRITE = frozenset(map(int, (Outcome.DONE, Outcome.FULL, Outcome.FAILED, Outcome.LATE)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,45 +56,6 @@ class RdmaSettings:
     patience_s: float = 3.0
     silence_s: float = 10.0
     sysfs: Path = SYSFS
-
-
-class _State(Enum):
-    CONNECTING = auto()
-    CONNECTED = auto()
-    NOT_CONNECTED = auto()
-
-
-@dataclass(eq=False, slots=True)
-class _Call:
-    """One message to a child, and its answer. Keeps the caller's memory until it is over."""
-
-    message: Find | Move
-    over: asyncio.Future[None]
-    items: Sequence[Item] = ()
-    codes: bytes | None = None
-    is_lost: bool = False
-    """Its child ended with it."""
-    is_unsettled: bool = False
-
-    def end(self) -> None:
-        if not self.over.done():
-            self.over.set_result(None)
-
-
-@dataclass(eq=False, slots=True)
-class _Life:
-    """A child process, and what it was asked."""
-
-    process: RdmaProcess
-    since: float
-    state: _State = _State.CONNECTING
-    calls: dict[int, _Call] = field(default_factory=dict)
-    waiting: list[_Call] = field(default_factory=list)
-    """Until it is connected."""
-    timer: asyncio.TimerHandle | None = None
-    has_served: bool = False
-    is_innocent: bool = False
-    """It is killed, and would have served on."""
 
 
 class InfiniStoreRdmaNode:
@@ -142,11 +81,10 @@ class InfiniStoreRdmaNode:
         self._name = name
         self._where = f"node {name}, {host}:{port} over RDMA"
         self._settings = settings = settings or RdmaSettings()
-        self._launch = spawn or Launch()
         self._clock = clock
         self._memory = Memory(segments)
         device = settings.device or Device("")
-        self._setup = Setup(
+        setup = Setup(
             version=PROTOCOL_VERSION,
             host=host,
             port=port,
@@ -159,14 +97,8 @@ class InfiniStoreRdmaNode:
             sysfs=str(settings.sysfs),
         )
         self._ids = itertools.count(1)
-        self._life: _Life | None = None
-        self._dying: dict[RdmaProcess, _Life] = {}
-        self._unsettled: set[_Call] = set()
-        self._all_gone: asyncio.Event | None = None
-        self._failures = 0
-        self._crashes = 0
-        self._not_before = 0.0
-        self._trouble = ""
+        self._unsettled: set[Call] = set()
+        self._lives = Lives(name, setup, self._memory, spawn or Launch(), settings.start_timeout_s, clock)
         self._is_closed = False
 
     @property
@@ -176,7 +108,7 @@ class InfiniStoreRdmaNode:
     @property
     def child_pid(self) -> int | None:
         """Of the child that serves, or is about to."""
-        return None if self._life is None else self._life.process.pid
+        return None if self._lives.current is None else self._lives.current.process.pid
 
     # ------------------------------------------------------------ L2Node
 
@@ -186,7 +118,7 @@ class InfiniStoreRdmaNode:
             return []
         loop = asyncio.get_running_loop()
         cuts = _cut([len(name.encode()) for name in names], len(names))
-        calls = [_Call(Find(next(self._ids), [names[at] for at in cut]), loop.create_future()) for cut in cuts]
+        calls = [Call(Find(next(self._ids), [names[at] for at in cut]), loop.create_future()) for cut in cuts]
         await self._perform(calls, deadline)
         codes = [call.codes for call in calls if call.codes is not None]
         return [bool(code) for code in b"".join(codes)] if len(codes) == len(calls) else None
@@ -208,31 +140,25 @@ class InfiniStoreRdmaNode:
     async def ping(self, deadline: float) -> float:
         if self._is_closed:
             raise NodeUnreachable(f"{self._where}: the client is closed")
-        begun = started = self._clock()
-        call = _Call(Find(next(self._ids), [_PING]), asyncio.get_running_loop().create_future())
-        was_connected = self._life is not None and self._life.state is _State.CONNECTED
+        seconds = await self._ask_ping(deadline)
+        if seconds is not None and self._clock() < deadline:
+            seconds = await self._ask_ping(deadline)  # the first one may have started the child
+        if seconds is None:
+            state = "connected, but silent" if self._lives.is_connected else "not connected"
+            raise NodeUnreachable(f"{self._where}: no answer in time ({state}). {self._lives.trouble or 'No error was seen.'}")
+        return seconds
+
+    async def _ask_ping(self, deadline: float) -> float | None:
+        started = self._clock()
+        call = Call(Find(next(self._ids), [_PING]), asyncio.get_running_loop().create_future())
         await self._perform([call], deadline, is_probe=True)
-        if call.codes is not None and not was_connected:
-            started = self._clock()
-            call = _Call(Find(next(self._ids), [_PING]), asyncio.get_running_loop().create_future())
-            await self._perform([call], deadline, is_probe=True)
-        if call.codes is not None:
-            return self._clock() - started
-        seconds = self._clock() - begun
-        state = "not connected yet" if self._life is None or self._life.state is not _State.CONNECTED else "connected, but silent"
-        raise NodeUnreachable(
-            f"{self._where}: no answer within {max(0.0, seconds):.3f} s ({state}). {self._trouble or 'No error was seen.'}"
-        )
+        return None if call.codes is None else self._clock() - started
 
     async def close(self) -> None:
         """Ends the child, and waits until it is gone."""
         self._is_closed = True
-        self._all_gone = self._all_gone or asyncio.Event()
-        if self._life is not None:
-            self._bury(self._life, "the node was closed")
         try:
-            if self._dying:
-                await self._all_gone.wait()
+            await self._lives.close()
         finally:
             self._memory.close()
 
@@ -248,14 +174,14 @@ class InfiniStoreRdmaNode:
                 by_size.setdefault(item.buffer.nbytes, []).append((at, place))
             else:
                 log.error("a buffer outside of the segments cannot be moved by RDMA", node=self._name, value=item.name)
-        calls: list[_Call] = []
+        calls: list[Call] = []
         spots: list[list[int]] = []
         for size, some in by_size.items():
             for cut in _cut([len(items[at].name.encode()) for at, _ in some], MOST_VALUES):
                 share = [some[index] for index in cut]
                 spots.append([at for at, _ in share])
                 message = Move(next(self._ids), is_write, size, [items[at].name for at in spots[-1]], [place for _, place in share])
-                calls.append(_Call(message, loop.create_future(), [items[at] for at in spots[-1]]))
+                calls.append(Call(message, loop.create_future(), [items[at] for at in spots[-1]]))
         if not await self._perform(calls, deadline):
             outcomes = [Outcome.LATE] * len(items)
         for call, at_all in zip(calls, spots, strict=True):
@@ -268,22 +194,22 @@ class InfiniStoreRdmaNode:
                     outcomes[at] = Outcome.FAILED
         return outcomes
 
-    async def _perform(self, calls: Sequence[_Call], deadline: float, *, is_probe: bool = False) -> bool:
+    async def _perform(self, calls: Sequence[Call], deadline: float, *, is_probe: bool = False) -> bool:
         """Until all are over, or the deadline came (False). What is not over then is in `_unsettled`, if it has buffers.
 
         Once more with another child, where one that has served ended in the middle: its server may have been started again.
         """
         if self._is_closed or not calls:
             return True
-        left: Sequence[_Call] = calls
+        left: Sequence[Call] = calls
         for _ in range(2):
             if self._clock() >= deadline:
                 return False
-            life = self._serving(is_probe)
+            life = self._lives.serving(is_probe)
             if life is None:
                 return True
             for call in left:
-                self._submit(life, call)
+                self._lives.submit(life, call)
             try:
                 await asyncio.wait([call.over for call in left], timeout=max(0.0, deadline - self._clock()))
                 if not all(call.over.done() for call in left):
@@ -292,195 +218,47 @@ class InfiniStoreRdmaNode:
             except asyncio.CancelledError:
                 await self._abandon(life, left)
                 raise
-            if self._is_closed or not life.has_served or life is self._life:
+            if not life.has_served or life is self._lives.current:
                 return True
-            left = [_again(call) for call in left if call.is_lost]
+            left = [again(call) for call in left if call.is_lost]
             if not left:
                 return True
         return True
 
-    def _submit(self, life: _Life, call: _Call) -> None:
-        life.calls[call.message.call] = call
-        if life.state is _State.CONNECTED:
-            life.process.send(call.message)
-        else:
-            life.waiting.append(call)
-
-    async def _give_up(self, life: _Life, calls: Sequence[_Call]) -> None:
+    async def _give_up(self, life: Life, calls: Sequence[Call]) -> None:
         """The deadline came. The child has a moment to say what became of it, and more to say that it has left the buffers."""
-        loop = asyncio.get_running_loop()
-        self._withdraw(life, calls)
+        self._lives.withdraw(life, calls)
         running = [call for call in calls if not call.over.done()]
         if running:
             await asyncio.wait([call.over for call in running], timeout=_GRACE_S)
         for call in running:
-            if not call.over.done():
-                patience_s = self._settings.silence_s
-                if isinstance(call.message, Move):
-                    patience_s = self._settings.patience_s
-                    call.is_unsettled = True
-                    self._unsettled.add(call)
-                    call.over.add_done_callback(lambda _, call=call: self._unsettled.discard(call))  # type: ignore[misc]
-                timer = loop.call_later(patience_s, self._overdue, life, call)
-                call.over.add_done_callback(lambda _, timer=timer: timer.cancel())  # type: ignore[misc]
+            if call.over.done():
+                continue
+            if isinstance(call.message, Move):
+                call.is_unsettled = True
+                self._unsettled.add(call)
+                call.over.add_done_callback(lambda _, call=call: self._unsettled.discard(call))  # type: ignore[misc]
+            self._bury_unless_over(life, call)
 
-    async def _abandon(self, life: _Life, calls: Sequence[_Call]) -> None:
+    async def _abandon(self, life: Life, calls: Sequence[Call]) -> None:
         """The caller is cancelled, and takes its memory along: a child that does not leave it at once is killed for it."""
-        self._withdraw(life, calls)
+        self._lives.withdraw(life, calls)
         moves = [call.over for call in calls if isinstance(call.message, Move)]
         await _until_done(moves, _CANCEL_GRACE_S)
         if not all(over.done() for over in moves):
             life.is_innocent = True
-            self._bury(life, "a transfer was cancelled, and the child did not leave its buffers")
+            self._lives.bury(life, "a transfer was cancelled, and the child did not leave its buffers")
             await _until_done(moves, None)
-        loop = asyncio.get_running_loop()
         for call in calls:
             if not call.over.done():
-                timer = loop.call_later(self._settings.silence_s, self._overdue, life, call)
-                call.over.add_done_callback(lambda _, timer=timer: timer.cancel())  # type: ignore[misc]
+                self._bury_unless_over(life, call)
 
-    def _withdraw(self, life: _Life, calls: Sequence[_Call]) -> None:
-        for call in calls:
-            if call.over.done():
-                continue
-            if call in life.waiting or life.process.unsend(call.message):
-                life.waiting = [other for other in life.waiting if other is not call]
-                del life.calls[call.message.call]
-                call.end()
-            elif isinstance(call.message, Move):
-                life.process.send(Withdraw(call.message.call))
-
-    def _overdue(self, life: _Life, call: _Call) -> None:
-        if not call.over.done():
-            self._bury(life, "it did not end what it had begun")
-
-    # ------------------------------------------------------------ children
-
-    def _serving(self, is_probe: bool) -> _Life | None:
-        """The child, one started now where there is none; None where that failed a moment ago."""
-        life = self._life
-        if life is not None and life.state is not _State.NOT_CONNECTED:
-            return life
-        if self._clock() < self._not_before and not is_probe:
-            return None
-        if life is not None:
-            life.process.send(Connect())
-            life.state = _State.CONNECTING
-        elif len(self._dying) >= _MOST_DYING:
-            self._trouble = f"{len(self._dying)} child processes were killed and are not gone: does the driver hang?"
-            return None
-        else:
-            try:
-                process = RdmaProcess(self._launch, self._setup, self._memory.fds, self._on_message, self._on_gone)
-            except PeerError as error:
-                self._failed(str(error))
-                return None
-            self._life = life = _Life(process, self._clock())
-        life.timer = asyncio.get_running_loop().call_later(self._settings.start_timeout_s, self._start_overdue, life)
-        return life
-
-    def _start_overdue(self, life: _Life) -> None:
-        self._bury(life, f"it was not connected within {self._settings.start_timeout_s} s: is the server frozen?")
-
-    def _bury(self, life: _Life, reason: str) -> None:
-        """It serves no more; what it was asked is over when it is gone."""
-        if self._life is life:
-            self._life = None
-            self._dying[life.process] = life
-        life.process.break_off(reason)
-
-    def _failed(self, trouble: str) -> None:
-        self._trouble = trouble
-        pause_s = min(_LONGEST_PAUSE_S, _FIRST_PAUSE_S * 2**self._failures) * random.uniform(0.5, 1.0)
-        self._failures = min(self._failures + 1, 16)
-        self._not_before = self._clock() + pause_s
-        log.info("no connection", node=self._name, reason=trouble, again_in_s=round(pause_s, 3))
-
-    def _on_message(self, process: RdmaProcess, message: FromChild) -> None:
-        life = self._life if self._life is not None and self._life.process is process else self._dying.get(process)
-        if life is None:
-            return
-        match message:
-            case Connected(note) if life.state is _State.CONNECTING:
-                self._connected(life, note)
-            case NotConnected(reason) if life.state is _State.CONNECTING:
-                life.state = _State.NOT_CONNECTED
-                self._stop_timer(life)
-                self._failed(reason)
-                waiting, life.waiting = life.waiting, []
-                for call in waiting:
-                    del life.calls[call.message.call]
-                    call.is_lost = True
-                    call.end()
-            case Answer() if life.state is _State.CONNECTED and self._is_sound(life, message):
-                self._answered(life, message)
-            case Broken(reason):
-                self._trouble = reason
-                self._bury(life, reason)
-            case _:
-                self._bury(life, f"it said what was not asked: {type(message).__name__}")
-
-    def _connected(self, life: _Life, note: str) -> None:
-        life.state = _State.CONNECTED
-        self._stop_timer(life)
-        if note:
-            log.warning("RDMA connected, but", node=self._name, note=note)
-        waiting, life.waiting = life.waiting, []
-        for call in waiting:
-            life.process.send(call.message)
-
-    def _is_sound(self, life: _Life, answer: Answer) -> bool:
-        call = life.calls.get(answer.call)
-        if call is None or len(answer.codes) != len(call.message.names):
-            return False
-        if isinstance(call.message, Find):
-            return set(answer.codes) <= {0, 1}
-        return set(answer.codes) <= (_OF_A_WRITE if call.message.is_write else _OF_A_READ)
-
-    def _answered(self, life: _Life, answer: Answer) -> None:
-        call = life.calls.pop(answer.call)
-        call.codes = answer.codes
-        if answer.trouble:
-            self._trouble = answer.trouble
-            log.warning("values were not moved", node=self._name, reason=answer.trouble)
-        life.has_served = True
-        if self._crashes <= _FREE_CRASHES or self._clock() - life.since > _LONG_LIFE_S:
-            self._failures, self._not_before = 0, 0.0
-        call.end()
-
-    def _stop_timer(self, life: _Life) -> None:
-        if life.timer is not None:
-            life.timer.cancel()
-            life.timer = None
-
-    def _on_gone(self, process: RdmaProcess) -> None:
-        life = self._dying.pop(process, None)
-        if life is None:
-            life, self._life = self._life, None
-        assert life is not None
-        self._stop_timer(life)
-        if not self._is_closed:
-            self._trouble = f"its child process is gone: {process.fate}"
-            # A server that was started again costs no pause, a client that crashes whatever it is asked for does.
-            if not life.is_innocent:
-                self._crashes = 1 if self._clock() - life.since > _LONG_LIFE_S else self._crashes + 1
-            if not life.has_served or self._crashes > _FREE_CRASHES:
-                self._failed(self._trouble)
-            log.warning(
-                "the RDMA client's process has ended", node=self._name, process=process.pid, fate=process.fate, calls=len(life.calls)
-            )
-        for call in life.calls.values():
-            call.is_lost = True
-            call.end()
-        if self._all_gone is not None and not self._dying and self._life is None:
-            self._all_gone.set()
-
-
-def _again(call: _Call) -> _Call:
-    """The same call, to be asked anew: nobody touches its buffers."""
-    call.over = asyncio.get_running_loop().create_future()
-    call.is_lost = False
-    return call
+    def _bury_unless_over(self, life: Life, call: Call) -> None:
+        """What the child has begun must end some time."""
+        patience_s = self._settings.patience_s if isinstance(call.message, Move) else self._settings.silence_s
+        reason = f"it did not end what it had begun within {patience_s} s of its deadline"
+        timer = asyncio.get_running_loop().call_later(patience_s, self._lives.bury, life, reason)
+        call.over.add_done_callback(lambda _: timer.cancel())
 
 
 def _cut(name_bytes: Sequence[int], most: int) -> list[list[int]]:

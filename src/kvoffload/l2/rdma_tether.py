@@ -53,6 +53,11 @@ class Tether:
                 found += [_is_there(await self._answers.get()) for _ in asked]
         return found
 
+    def close(self) -> None:
+        """For whoever does not end with it."""
+        self._watching.cancel()
+        self._writer.close()
+
     async def _watch(self) -> None:
         """Everything that comes is an answer; when nothing comes any more, the server is gone."""
         try:

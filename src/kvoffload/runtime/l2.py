@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from hashlib import blake2b
 
 import anyio
@@ -45,7 +46,7 @@ class L2Runtime:
         """``make`` makes the clients of nodes, on the loop; None: `make_node`."""
         self._settings = settings
         self._deliver = deliver
-        self._make = make or make_node
+        self._make = make or partial(make_node, segments=shared.segments)
         self._value_bytes = HEADER_BYTES + shared.payload_bytes
         digest = shared.digest()
         secret = settings.secret.get_secret_value().encode() if settings.secret is not None else None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import weakref
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -16,11 +18,16 @@ class SegmentView:
 
     def __init__(self, segment: Segment) -> None:
         self._array = segment.array
-        self._slot_bytes = segment.slot_bytes
+        self.address = segment.address
+        self.num_bytes = segment.num_bytes
+        self.slot_bytes = segment.slot_bytes
+        self.fd = os.dup(segment.fd)
+        """Of its memory, for other processes to map; open for as long as this lives."""
+        weakref.finalize(self, os.close, self.fd)
 
     def slot(self, index: int) -> NDArray[np.uint8]:
         """The bytes of one slot, header first."""
-        return self._array[index * self._slot_bytes : (index + 1) * self._slot_bytes]
+        return self._array[index * self.slot_bytes : (index + 1) * self.slot_bytes]
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,17 +78,18 @@ class RdmaServer:
         """As an eviction does it."""
         self._ask({"op": "forget", "keys": keys})
 
-    def purge(self) -> None:
-        """No value is left."""
-        self._ask({"op": "purge"})
+    def reset(self) -> None:
+        """No value is left, no rule, and nothing was seen."""
+        self._ask({"op": "reset"})
 
     def deny(self, *keys: str) -> None:
         """They pass for absent when asked for, and are there when they are read: as if they came in between; or the other way."""
         self._ask({"op": "deny", "keys": keys})
 
     def statistics(self) -> dict[str, Any]:
-        """``reads`` and ``writes``: keys in each request; ``most_in_flight`` on a connection; ``pinned``: values that refused reads left
-        behind, which a real server never frees; ``overwritten``: keys written twice; ``connect``: what the last connection said.
+        """``reads`` and ``writes``: keys in each request; ``order``: all of these keys; ``most_in_flight`` on a connection; ``pinned``:
+        values that refused reads left behind, which a real server never frees; ``overwritten``: keys written twice; ``connect``: what
+        the last connection said.
         """
         return self._ask({"op": "statistics"})
 
@@ -153,10 +154,21 @@ def _whole(data: bytes, count: int) -> bytes:
 
 class _Store:
     def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
         self.values: dict[str, bytes] = {}
         self.denied: set[str] = set()
         self.rules: list[dict[str, Any]] = []
-        self.seen: dict[str, Any] = {"reads": [], "writes": [], "most_in_flight": 0, "pinned": 0, "overwritten": 0, "connect": {}}
+        self.seen: dict[str, Any] = {
+            "reads": [],
+            "writes": [],
+            "order": [],
+            "most_in_flight": 0,
+            "pinned": 0,
+            "overwritten": 0,
+            "connect": {},
+        }
 
     def answer(self, request: dict[str, Any], payload: bytes) -> tuple[dict[str, Any], bytes]:
         op, code, sizes, values = request["op"], 200, list[int](), b""
@@ -165,8 +177,8 @@ class _Store:
         elif op == "forget":
             for key in request["keys"]:
                 self.values.pop(key, None)
-        elif op == "purge":
-            self.values.clear()
+        elif op == "reset":
+            self.reset()
         elif op == "deny":
             self.denied.update(request["keys"])
         elif op == "statistics":
@@ -176,6 +188,7 @@ class _Store:
         elif op in ("read", "write"):
             self.seen["most_in_flight"] = max(self.seen["most_in_flight"], request["most_in_flight"])
             self.seen[f"{op}s"].append(len(request["keys"]))
+            self.seen["order"] += request["keys"]
             code, sizes, values = self._read(request) if op == "read" else self._write(request, payload)
         do = self._rule(op)
         return {"code": code, "sizes": sizes, "do": do}, values

@@ -90,9 +90,12 @@ class InfinityConnection:
         self._most_in_flight = max(self._most_in_flight, self._in_flight)
 
         def work() -> None:
-            code = self._move(op, blocks, block_size, ptr)
+            try:
+                code = self._move(op, blocks, block_size, ptr)
+                loop.call_soon_threadsafe(future.set_result, code)
+            except Exception as error:
+                loop.call_soon_threadsafe(future.set_exception, error)
             self._in_flight -= 1
-            loop.call_soon_threadsafe(future.set_result, code)
             self.semaphore.release()
 
         self._jobs.put(work)
