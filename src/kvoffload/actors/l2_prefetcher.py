@@ -187,7 +187,7 @@ class L2Prefetcher:
         self._record([Outcome.DONE] * len(names), begun)
         if len(parts) != len(names):
             raise InternalError(f"node {self._config.name} was asked for {len(names)} names and answered for {len(parts)}")
-        found = tuple(all(parts[start : start + ranks]) for start in range(0, len(parts), ranks))
+        found = tuple(parts) if ranks == 1 else tuple(all(parts[start : start + ranks]) for start in range(0, len(parts), ranks))
         self.statistics.asked += len(found)
         self.statistics.found += sum(found)
         return found
@@ -253,12 +253,17 @@ class L2Prefetcher:
 
     async def _verify(self, fetch: FetchBlocks, parts: Sequence[Part], outcomes: list[Outcome], seconds: float) -> FetchFinished:
         name, ranks = self._config.name, self._slots.ranks
-        blocks = by_block(outcomes, ranks)
-        whole = [index for index, outcome in enumerate(blocks) if outcome is Outcome.DONE]
-        came = [part for index in whole for part in parts[index * ranks : (index + 1) * ranks]]
+        whole: Sequence[int]
+        if is_all_done(outcomes):
+            whole, came = range(len(fetch.slots)), parts
+        else:
+            blocks = by_block(outcomes, ranks)
+            whole = [index for index, outcome in enumerate(blocks) if outcome is Outcome.DONE]
+            came = [part for index in whole for part in parts[index * ranks : (index + 1) * ranks]]
         faults = await anyio.to_thread.run_sync(self._envelope.verify_all, came, limiter=self._hashing) if came else []
-        if len(whole) == len(blocks) and faults.count(None) == len(faults):
+        if len(whole) == len(fetch.slots) and faults.count(None) == len(faults):
             return FetchFinished(fetch.batch, name, fetch.slots, (), (), (), seconds)
+        blocks = by_block(outcomes, ranks)
         self.statistics.faults.update(fault for fault in faults if fault is not None)
         for place, index in enumerate(whole):
             if any(fault is not None for fault in faults[place * ranks : (place + 1) * ranks]):

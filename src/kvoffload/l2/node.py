@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from enum import IntEnum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kvoffload.messages import BlockKey
 
@@ -29,8 +28,7 @@ class Outcome(IntEnum):
     """As FAILED or LATE, and something may still read or write the buffer, until `L2Node.settle` returns."""
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(NamedTuple):
     """A value's name on the node, and its bytes: header and payload, one run. Written to when it is read, so it must be writable then."""
 
     name: str
@@ -75,4 +73,10 @@ class L2Node(Protocol):
 
 def value_name(namespace: str, key: BlockKey, rank: int) -> str:
     """The name under which a node keeps one rank's part of a block. ``namespace`` is ``l2.namespace``."""
-    return f"kvo1:{namespace}:{key.hex()}:r{rank}"
+    return value_names(namespace, (key,), (rank,))[0]
+
+
+def value_names(namespace: str, keys: Iterable[BlockKey], ranks: Iterable[int]) -> list[str]:
+    """`value_name` of each key and its rank, up to the end of the shorter one."""
+    head = f"kvo1:{namespace}:"
+    return [f"{head}{key.hex()}:r{rank}" for key, rank in zip(keys, ranks, strict=False)]

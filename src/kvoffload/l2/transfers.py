@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import cycle, repeat
 from typing import Protocol
 
 import anyio
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from kvoffload.envelope import Part
 from kvoffload.errors import InternalError
-from kvoffload.l2.node import Item, Outcome, value_name
+from kvoffload.l2.node import Item, Outcome, value_names
 from kvoffload.layout import HEADER_BYTES
 from kvoffload.messages import BlockKey
 
@@ -53,9 +54,12 @@ class SlotBuffers:
             )
         return value
 
-    def parts(self, slot: int, key: BlockKey) -> list[Part]:
-        """One per rank."""
-        return [Part(self.array(rank, slot), key, rank) for rank in range(len(self._segments))]
+    def parts(self, slots: Sequence[int], keys: Sequence[BlockKey]) -> list[Part]:
+        """Every rank's part of every block, block by block."""
+        if len(self._segments) == 1:
+            array = self.array
+            return [Part(array(0, slot), key) for slot, key in zip(slots, keys, strict=True)]
+        return [Part(self.array(rank, slot), key, rank) for slot, key in zip(slots, keys, strict=True) for rank in range(self.ranks)]
 
     def clear(self, slots: Sequence[int]) -> None:
         """Nothing that lies in these slots passes for a block any more."""
@@ -66,7 +70,9 @@ class SlotBuffers:
 
 def names_of(namespace: str, keys: Sequence[BlockKey], ranks: int) -> list[str]:
     """Of every rank's part of every block, block by block."""
-    return [value_name(namespace, key, rank) for key in keys for rank in range(ranks)]
+    if ranks == 1:
+        return value_names(namespace, keys, repeat(0))
+    return value_names(namespace, [key for key in keys for _ in range(ranks)], cycle(range(ranks)))
 
 
 async def parts_of(buffers: SlotBuffers, slots: Sequence[int], keys: Sequence[BlockKey]) -> list[Part]:
@@ -76,16 +82,15 @@ async def parts_of(buffers: SlotBuffers, slots: Sequence[int], keys: Sequence[Bl
     for start in range(0, len(slots), blocks):
         if start:
             await checkpoint()
-        for slot, key in zip(slots[start : start + blocks], keys[start : start + blocks], strict=True):
-            parts += buffers.parts(slot, key)
+        parts += buffers.parts(slots[start : start + blocks], keys[start : start + blocks])
     return parts
 
 
 def items_of(namespace: str, parts: Sequence[Part], *, writable: bool) -> list[Item]:
     """For a read ``writable``; for a write not: whoever stores a slot cannot change it."""
-    if writable:
-        return [Item(value_name(namespace, part.key, part.rank), part.slot.data) for part in parts]
-    return [Item(value_name(namespace, part.key, part.rank), part.slot.data.toreadonly()) for part in parts]
+    buffers = [slot.data for slot, _, _ in parts] if writable else [slot.data.toreadonly() for slot, _, _ in parts]
+    names = value_names(namespace, [key for _, key, _ in parts], [rank for _, _, rank in parts])
+    return list(map(Item._make, zip(names, buffers, strict=True)))
 
 
 _GRAVEST = (Outcome.UNSETTLED, Outcome.FAILED, Outcome.LATE, Outcome.FULL, Outcome.MALFORMED, Outcome.ABSENT)
