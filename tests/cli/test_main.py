@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
 import kvoffload
-from kvoffload.bench.figures import Figure
+from kvoffload.bench.figures import Figure, not_measured
 from kvoffload.cli import main
 from kvoffload.cli.bench import run_benches
 from kvoffload.config import describe
@@ -73,6 +74,28 @@ def test_json_is_one_figure_per_line(capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(("figures", "strict", "status"), [((GOOD,), True, 0), ((GOOD, BAD), True, 1), ((GOOD, BAD), False, 0)])
 def test_strict_is_for_figures_that_fall_short(figures: tuple[Figure, ...], strict: bool, status: int) -> None:
     assert run_benches(benches(*figures), quick=False, as_json=True, strict=strict) == status  # type: ignore[arg-type]
+
+
+def test_a_figure_that_was_not_measured_says_why_and_does_not_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    figures = (GOOD, not_measured("c: far", ">= 1", "it needs a server"))
+    assert run_benches(benches(*figures), quick=False, as_json=False, strict=False) == 0  # type: ignore[arg-type]
+    lines = capsys.readouterr().out.splitlines()
+    far = next(line for line in lines if "c: far" in line)
+    assert far.split()[-5:] == ["-", ">=", "1", "not", "measured"]
+    assert lines[lines.index(far) + 1].strip() == "not measured: it needs a server"
+    assert lines[-1].strip() == "2 figures, 0 of them fall short, 1 were not measured"
+    assert run_benches(benches(*figures), quick=False, as_json=False, strict=True) == 1  # type: ignore[arg-type]
+
+
+def test_what_was_measured_before_something_broke_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    def breaks(quick: bool) -> Iterator[Figure]:
+        yield GOOD
+        raise PeerError("the engine ended")
+
+    assert run_benches({"breaks": breaks}, quick=False, as_json=True, strict=False) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["name"] == GOOD.name
+    assert "breaks: could not be measured: the engine ended" in captured.err
 
 
 def test_what_cannot_be_measured_fails_and_the_rest_goes_on(capsys: pytest.CaptureFixture[str]) -> None:

@@ -158,7 +158,8 @@ class Engine:
             time.sleep(0.05)
 
     def statistics(self) -> dict[str, Any]:
-        """L1 as it is: slots, and running totals of blocks; ``refused`` by reason, from all places that refuse."""
+        """L1 as it is: slots, and running totals of blocks; ``refused`` by reason, from all places that refuse; ``late``: matches that
+        had to be answered at their deadline."""
         scheduler_connector, worker_connector = self._ours()
         half, worker = scheduler_connector.scheduler_half, worker_connector.worker_half
         l1 = half.host.hub.statistics()
@@ -179,6 +180,7 @@ class Engine:
             "evictions": l1.evictions,
             "refused": refused,
             "unanswered": dict(half.side.matcher.zero_reasons),
+            "late": 0 if l1.remote is None else l1.remote.totals.late,
             "off": half.side.off_reason,
         }
 

@@ -7,6 +7,7 @@ Valkey or Redis server to start, and vLLM for first tokens.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
 
 from kvoffload.bench import l2_busy, l2_engine, l2_envelope, l2_loop, l2_transfers
 from kvoffload.bench.figures import Figure, not_measured
@@ -15,15 +16,14 @@ from kvoffload.bench.l2_rivals import InfiniStore
 NO_SERVER = "it needs a real server: kvoffload bench l2 --infinistore HOST:PORT"
 
 
-def run(quick: bool = False, infinistore: InfiniStore | None = None) -> list[Figure]:
+def run(quick: bool = False, infinistore: InfiniStore | None = None) -> Iterator[Figure]:
     """All figures. ``infinistore`` is a server that nobody needs: 4 MiB values may freeze it, whoever's client reads them."""
-    figures = [*l2_envelope.measure(quick=quick), *l2_loop.run(infinistore, quick=quick), *l2_engine.run(quick=quick)]
-    if infinistore is None:
-        what = ("transfers to and from InfiniStore", "several"), ("transfers beside a busy engine", "no target")
-        return figures + [not_measured(f"l2: {name}", target, NO_SERVER) for name, target in what]
-    return figures + asyncio.run(_transfers(infinistore, quick=quick))
-
-
-async def _transfers(server: InfiniStore, *, quick: bool) -> list[Figure]:
-    beside = await l2_busy.measure(server, quick=quick)  # first: the largest values may freeze the server
-    return [*beside, *await l2_transfers.measure(server, quick=quick)]
+    yield from l2_envelope.measure(quick=quick)
+    yield from l2_loop.run(infinistore, quick=quick)
+    if infinistore is not None:
+        yield from asyncio.run(l2_busy.measure(infinistore, quick=quick))
+        yield from asyncio.run(l2_transfers.measure(infinistore, quick=quick))  # its largest values may freeze the server
+    else:
+        yield not_measured("l2: transfers to and from InfiniStore", "several", NO_SERVER)
+        yield not_measured("l2: transfers beside a busy engine", "no target", NO_SERVER)
+    yield from l2_engine.run(quick=quick)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib import import_module
 
@@ -15,14 +15,14 @@ from kvoffload.errors import KVOffloadError, UnsupportedError
 NAME_WIDTH = 60
 
 
-Runner = Callable[[bool], list[Figure]]
+Runner = Callable[[bool], Iterable[Figure]]
 
 
 def runners(names: Sequence[str], infinistore: str | None = None, native_client: str | None = None) -> dict[str, Runner]:
     """The benchmarks of these names; their modules are imported when they run. The rest is for l2: see `InfiniStore.parse`."""
 
     def runner(name: str) -> Runner:
-        def run(quick: bool) -> list[Figure]:
+        def run(quick: bool) -> Iterable[Figure]:
             measure: Runner | None = getattr(import_module(f"kvoffload.bench.{name}"), "run", None)
             if measure is None:
                 raise UnsupportedError(f"kvoffload.bench.{name} has no run()")
@@ -30,7 +30,7 @@ def runners(names: Sequence[str], infinistore: str | None = None, native_client:
 
         return run
 
-    def run_l2(quick: bool) -> list[Figure]:
+    def run_l2(quick: bool) -> Iterable[Figure]:
         from kvoffload.bench import l2
         from kvoffload.bench.l2_rivals import InfiniStore
 
@@ -47,13 +47,13 @@ def run_benches(benches: Mapping[str, Runner], *, quick: bool, as_json: bool, st
         print("  " + "figure".ljust(NAME_WIDTH) + "value".rjust(13) + "  " + "target".ljust(12) + "verdict")
         print("  " + "-" * (NAME_WIDTH + 13 + 2 + 12 + 11), flush=True)
     for name, runner in benches.items():
+        found: list[Figure] = []
         try:
             with Progress(f"measuring: {name}", stream=sys.stderr, keep=False):
-                found = runner(quick)
+                found.extend(runner(quick))  # an iterator that raises half-way has given what came before
         except (KVOffloadError, ImportError) as error:
             failed.append(name)
             print(f"  {name}: could not be measured: {error}", file=sys.stderr)
-            continue
         figures += found
         for figure in found:
             print(json.dumps(asdict(figure)) if as_json else _line(figure), flush=True)
