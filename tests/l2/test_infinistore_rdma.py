@@ -16,6 +16,7 @@ from typing import Any
 
 import anyio
 import pytest
+from tests.infinistore import environment
 from tests.infinistore.server import InfiniStoreServer
 
 import kvoffload
@@ -670,6 +671,18 @@ async def test_the_real_server_is_asked_for_many_keys_at_once(infinistore_shared
     assert await tether.exist(keys) == [True] * 20 + [False] * (2 * MOST_ASKED)
     assert not tether.lost.is_set()
     tether.close()
+    assert infinistore_shared.is_alive
+
+
+async def test_the_real_client_without_a_device_says_so_and_harms_nobody(rig: Rig, infinistore_shared: InfiniStoreServer) -> None:
+    """As far as it gets without RDMA: loaded, made and asked to connect as the child does it."""
+    home = environment.HOME / "lib" / f"python{environment.PYTHON}" / "site-packages"
+    async with rig.node(Launch(paths=(str(home),)), port=infinistore_shared.port) as node:
+        if devices_here():
+            pytest.skip("this machine has RDMA devices")
+        with pytest.raises(NodeUnreachable, match="the native client cannot") as failure:
+            await node.ping(soon())
+        assert "unexpected keyword" not in str(failure.value)
     assert infinistore_shared.is_alive
 
 

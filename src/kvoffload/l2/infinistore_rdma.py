@@ -4,10 +4,10 @@ The native client hangs, and ends its process, on what any network may bring; so
 here. A transfer that is late leaves its buffers UNSETTLED until the child says that it is over, or is known to be gone: only the end
 of the process ends what a network card may still do to memory. A child that does not say so in time is killed, and another started.
 
-Not run on RDMA hardware yet. What was run: this module and the real child program, against a stand-in for the native client
-(`kvoffload.testing.rdma`); and questions whether a node has a value, against the real server. Not known, therefore: whether the
-native client connects and moves values as its source says; how long it takes to register memory; what a child that is killed in
-the middle of a transfer does to the server.
+Not run on RDMA hardware yet. What was run: this module and the real child program against a stand-in for the native client
+(`kvoffload.testing.rdma_server`); the real client (0.2.35) up to where it finds no device; questions whether a node has a value, against
+the real server. Not known, therefore: whether the client connects and moves values as its source says, how long it takes to register
+memory, and what a child that is killed in the middle of a transfer does to the server.
 
 What a server needs, beside its pool, for each engine: 512 MiB of registered buffers, and the child as much (infinistore 0.2.35).
 A child needs a memlock limit that allows for that and the segments.
