@@ -224,9 +224,7 @@ def test_sections_within_sections_have_dotted_names_too() -> None:
 
 
 def test_a_second_tier_needs_nodes() -> None:
-    assert problems({"l2.backend": "redis"}) == [
-        "l2.backend is redis, but neither l2.nodes nor l2.membership.url says where its nodes are"
-    ]
+    assert problems({"l2.backend": "redis"}) == ["l2.backend is redis, but neither l2.nodes nor l2.membership.url says where its nodes are"]
 
 
 def test_without_any_tier_there_is_nowhere_to_keep_blocks() -> None:
@@ -246,3 +244,22 @@ def test_secrets_are_neither_shown_nor_said() -> None:
 def test_what_is_wrong_within_a_list_names_the_setting() -> None:
     (problem,) = problems({"l2.nodes": [7]})
     assert problem.startswith("l2.nodes = [7] (from kv_connector_extra_config): ")
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"l2": "redis://:hunter2@a"},
+        {"l2.membership": "redis://user:hunter2@a"},
+        {"l2.nodes": {"redis://:hunter2@a": 1}},
+        {"l2": {"backend": "redis", "nodes": ["redis://:hunter2@a:b:c"]}},
+        {"l2.backend": "redis://:hunter2@a"},
+    ],
+)
+def test_no_password_is_said_whatever_is_wrong(extra: dict[str, Any]) -> None:
+    assert problems(extra)
+    assert "hunter2" not in str(problems(extra))
+
+
+def test_passwords_of_nodes_are_not_shown() -> None:
+    assert "hunter2" not in repr(load({"l2": {"backend": "redis", "nodes": ["redis://:hunter2@a"]}}))

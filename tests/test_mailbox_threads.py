@@ -204,3 +204,13 @@ def test_a_loop_that_closes_with_posts_pending() -> None:
     assert not post.offer(3)
     receiver.close()
     assert receiver.statistics().dropped == 2
+
+
+def test_an_answer_owed_to_a_closed_mailbox_is_dropped_and_its_reply_is_gone() -> None:
+    sender, receiver = open_any(4, OnFull.REFUSE, lambda function: None)
+    posts = sender.threadsafe()
+    receiver.close()
+    for end in (sender, posts):
+        question = Question(Reply())
+        end.owe(question)
+        assert not question.reply.is_open

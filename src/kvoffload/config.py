@@ -135,7 +135,9 @@ class L2Settings(_Section):
     backend: Annotated[Literal["off", "infinistore", "redis"], BeforeValidator(_lower)] = Field(
         default="off", description="what serves the nodes; redis stands for Valkey too"
     )
-    nodes: Names = Field(default=(), description="host:port of each InfiniStore node, or redis:// URLs; not needed with l2.membership.url")
+    nodes: Names = Field(
+        default=(), repr=False, description="host:port of each InfiniStore node, or redis:// URLs; not needed with l2.membership.url"
+    )
     namespace: Annotated[str, AfterValidator(_plain_name)] = Field(
         default="", description="goes into every name on the nodes: deployments that share nodes share blocks only within one"
     )
@@ -309,7 +311,7 @@ class _Given:
 def _from_extra(extra: object, problems: list[str], prefix: str = "") -> Iterator[_Given]:
     if not isinstance(extra, Mapping):
         example = next(name for name in _SETTINGS if name.startswith(prefix))
-        what = f"{prefix[:-1]} = {extra!r}" if prefix else f"{extra!r}"
+        what = f"{prefix[:-1]} = {_quoted(extra)}" if prefix else _quoted(extra)
         problems.append(f"{what} (from {EXTRA}): must be a mapping of settings, such as {example}")
         return
     for key, value in extra.items():
@@ -377,6 +379,11 @@ def _bytes_of(item: _Given, problems: list[str]) -> int:
     return int(gib * GIB)
 
 
+def _quoted(value: object) -> str:
+    """As it was given, but for what may be a password within it: this text reaches logs."""
+    return re.sub(r"(//)?[^\s'\",/]*@", lambda found: f"{found[1] or ''}***@", repr(value))
+
+
 def _problem(details: Any, given: Mapping[str, _Given]) -> str:
     """One of pydantic's findings, as ``name = value (from source): what is wrong; what the setting is``."""
     field = ".".join(str(part) for part in details["loc"])
@@ -388,4 +395,4 @@ def _problem(details: Any, given: Mapping[str, _Given]) -> str:
     item, setting = given[field], _SETTINGS[field]
     if "SecretStr" in setting.type:
         return f"{item.name} (from {item.source}): {wrong}; it is: {setting.description}"
-    return f"{item.name} = {item.value!r} (from {item.source}): {wrong}; it is: {setting.description}; default {setting.default!r}"
+    return f"{item.name} = {_quoted(item.value)} (from {item.source}): {wrong}; it is: {setting.description}; default {setting.default!r}"

@@ -84,15 +84,21 @@ class Sender(_End[T_contra]):
         return True
 
     def owe(self, message: T_contra) -> None:
-        """An answer, whose room was reserved on admission: always taken. Dropped, and counted, only when an end is closed."""
+        """An answer, whose room was reserved on admission: always taken. Only when an end is closed is it dropped and counted, and who
+        waits for a reply to it told so.
+        """
         box = self._box
+        waiter = None
         with box.lock:
-            if box.is_closed or not self._is_open:
+            is_dropped = box.is_closed or not self._is_open
+            if is_dropped:
                 box.dropped += 1
-                return
-            box.append(message, is_owed=True)
-            waiter = box.take_waiter()
-        if waiter is not None:
+            else:
+                box.append(message, is_owed=True)
+                waiter = box.take_waiter()
+        if is_dropped:
+            tell_gone([message])
+        elif waiter is not None:
             waiter.set()
 
     async def send(self, message: T_contra) -> None:
@@ -197,13 +203,16 @@ class ThreadSender(_End[T_contra]):
         """As `Sender.owe`; dropped and counted as well when the receiver's loop is closed."""
         box = self._box
         with box.lock:
-            if box.is_closed or not self._is_open:
+            is_dropped = box.is_closed or not self._is_open
+            if is_dropped:
                 box.dropped += 1
-                return
-            box.append(message, is_owed=True)
-            if not box.must_arm():
-                return
-        if not box.arm():
+            else:
+                box.append(message, is_owed=True)
+                if not box.must_arm():
+                    return
+        if is_dropped:
+            tell_gone([message])
+        elif not box.arm():
             self._shut()
 
     def _shut(self) -> None:

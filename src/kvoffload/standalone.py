@@ -17,7 +17,7 @@ import anyio.to_thread
 from kvoffload.bridge import LoopThread
 from kvoffload.config import Config
 from kvoffload.connector.saver import MAX_BLOCKS_PER_JOB, cut
-from kvoffload.errors import CopyError, MisuseError
+from kvoffload.errors import ConfigError, CopyError, MisuseError
 from kvoffload.keys import KeyChain
 from kvoffload.l1.statistics import L1Statistics
 from kvoffload.layout import Tensor
@@ -76,9 +76,15 @@ class Hit:
 async def open_runtime(config: Config | Mapping[str, object] | None = None) -> AsyncIterator[Runtime]:
     """A runtime of one rank, on a thread of its own: ``config`` as of `Config.load`, or its extra settings. Closed with the block.
 
-    Raises ConfigError. `Runtime.register` comes first.
+    `Runtime.register` comes first. Raises ConfigError; with L2 also where ``model.version`` is not set.
     """
-    runtime = Runtime(config if isinstance(config, Config) else Config.load(config))
+    config = config if isinstance(config, Config) else Config.load(config)
+    if config.l2.backend != "off" and config.model.version is None:
+        raise ConfigError(
+            "l2 needs model.version here: nothing else tells one model's blocks from another's of the same shape. "
+            "Let it name the model and its weights"
+        )
+    runtime = Runtime(config)
     try:
         yield runtime
     finally:

@@ -25,7 +25,7 @@ def valkey() -> Iterator[ValkeyServer]:
 
 def settings(valkey: ValkeyServer) -> dict[str, Any]:
     l2 = {"backend": "redis", "nodes": [valkey.url], "min_tokens": 1, "load_or_compute": False, "deadline_base_ms": 5000}
-    return {"l1.capacity_bytes": 64 << 20, "l1.reserve_bytes": 0, "l2": {**l2, "deadline_most_ms": 5000}}
+    return {"model.version": "1", "l1.capacity_bytes": 64 << 20, "l1.reserve_bytes": 0, "l2": {**l2, "deadline_most_ms": 5000}}
 
 
 async def save_and_leave(valkey: ValkeyServer) -> None:

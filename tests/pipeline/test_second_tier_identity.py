@@ -65,7 +65,7 @@ def valkey() -> Iterator[ValkeyServer]:
 async def matched(valkey: ValkeyServer, engine: Engine, *, save: bool) -> int:
     """Tokens that an engine which has just started finds; with ``save`` it computes them first, and writes them to the node."""
     l2 = {"l2.backend": "redis", "l2.nodes": [valkey.url], "l2.min_tokens": 1, "l2.load_or_compute": False, "l2.deadline_base_ms": 5000}
-    settings = {"l1.capacity_bytes": 16 << 20, "l1.reserve_bytes": 0, "l2.deadline_most_ms": 5000, **l2, **engine.settings}
+    settings = {"model.version": "1", "l1.capacity_bytes": 16 << 20, "l1.reserve_bytes": 0, "l2.deadline_most_ms": 5000, **l2, **engine.settings}
     async with kvoffload.open_runtime(settings) as runtime:
         await runtime.register(engine.tensors(), block_size=engine.block_size)
         if save:
@@ -97,3 +97,14 @@ def test_what_differs_in_one_thing_is_not(valkey: ValkeyServer, thing: str) -> N
     other = replace(other, tokens=other.tokens[:32])
     assert asyncio.run(matched(valkey, other, save=True)) == 32
     assert asyncio.run(matched(valkey, other, save=False)) == 32
+
+
+def test_without_a_model_version_nothing_is_shared() -> None:
+    """Two models of one shape would load each other's blocks."""
+
+    async def open_it() -> None:
+        async with kvoffload.open_runtime({"l2.backend": "redis", "l2.nodes": ["redis://127.0.0.1:1"]}):
+            raise AssertionError("it opened")
+
+    with pytest.raises(kvoffload.ConfigError, match="l2 needs model.version here"):
+        asyncio.run(open_it())

@@ -173,7 +173,7 @@ class InfiniStoreTcpNode:
         try:
             self._dispatch()
             await asyncio.wait(futures)  # a cancellation does not reach these: threads may still have the buffers
-        except asyncio.CancelledError:
+        except BaseException:  # a cancellation, or a bug: nothing of this call may touch a buffer behind it
             self._withdraw(transfers)
             for transfer in transfers:
                 transfer.stop()
@@ -240,7 +240,11 @@ class InfiniStoreTcpNode:
             return self._cold.pop()
         if len(self._lanes) == self._connections:
             return None
-        lane = Lane(f"kvoffload-{self._name}-{len(self._lanes)}", self._server, self._clock, self._post)
+        try:
+            lane = Lane(f"kvoffload-{self._name}-{len(self._lanes)}", self._server, self._clock, self._post)
+        except RuntimeError as error:  # a limit on processes or threads
+            self._trouble = f"no thread for a connection: {error}"
+            return None
         self._lanes.add(lane)
         return lane
 

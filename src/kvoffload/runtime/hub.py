@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from threading import Lock
 from typing import TYPE_CHECKING
 
@@ -134,7 +135,7 @@ class HubRuntime:
         opened = self._opened
         assert opened is not None
         policy = RestartPolicy(restarts=0, escalate=lambda child, error: self.turn_off(f"{child} crashed: {error!r}"))
-        l1 = Supervisor([Child("l1_manager", opened.manager.run, policy)])
+        l1 = Supervisor([Child("l1_manager", partial(self._run_l1, opened), policy)])
         if opened.l2 is None:
             await l1.run()
             return
@@ -142,6 +143,12 @@ class HubRuntime:
             tasks.start_soon(self._run_second_tier, opened.l2)
             await l1.run()
             tasks.cancel_scope.cancel()
+
+    async def _run_l1(self, opened: _Opened) -> None:
+        try:
+            await opened.manager.run()
+        finally:
+            opened.has_ended = True
 
     async def _run_second_tier(self, l2: L2Runtime) -> None:
         """Its end is the end of L2, and of nothing else."""
@@ -183,6 +190,8 @@ class HubRuntime:
         opened = self._opened
         if opened is None or opened.l2 is None:
             return True
+        if opened.has_ended:
+            return False
         deadline = time.monotonic() + timeout_s
         flushed: Reply[bool] = Reply()
         drained: Reply[bool] = Reply()
@@ -264,7 +273,7 @@ class HubRuntime:
         return reply
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Opened:
     ranks: tuple[RankPort, ...]
     heartbeat: Heartbeat | None
@@ -273,3 +282,5 @@ class _Opened:
     core: L1Core
     manager: L1Manager
     l2: L2Runtime | None
+    has_ended: bool = False
+    """L1Manager has: nobody takes what is posted."""
