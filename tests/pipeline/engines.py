@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tests.pipeline.sites import WAIT_S, Place
 
+from kvoffload.actors.membership import MembershipStatistics
 from kvoffload.config import Config, L2Settings
 from kvoffload.keys import KeyChain
 from kvoffload.l1.states import State
@@ -23,6 +24,7 @@ from kvoffload.l2.breaker import BreakerState
 from kvoffload.l2.node import L2Node, value_name
 from kvoffload.l2.nodes import make_node
 from kvoffload.l2.ring import NodeAddress
+from kvoffload.runtime.l2 import L2Runtime
 from kvoffload.runtime.node_actors import NodeStatistics
 from kvoffload.standalone import Runtime, Saved
 
@@ -134,25 +136,30 @@ class Engine:
         """Whether reads of the only node are not tried."""
         return self.node.reading.state is not BreakerState.CLOSED
 
-    def probe_now(self) -> None:
-        """What is left alone is tried again at its next use, and not after its pause, which may be half a minute."""
+    @property
+    def l2(self) -> L2Runtime:
         assert self.runtime._parts is not None
         opened = self.runtime._parts.hub._opened
         assert opened is not None
         assert opened.l2 is not None
-        for actors in list(opened.l2._nodes.values()):
+        return opened.l2
+
+    @property
+    def membership(self) -> MembershipStatistics:
+        return self.l2.membership.statistics()
+
+    def probe_now(self) -> None:
+        """What is left alone is tried again at its next use, and not after its pause, which may be half a minute."""
+        for actors in list(self.l2._nodes.values()):
             for breaker in (actors.state.reading, actors.state.writing):
                 breaker._probe_at = min(breaker._probe_at, 0.0)
 
     def names(self, prompt: int, count: int = COUNT) -> list[str]:
         """Of the values on the node."""
         assert self.runtime._parts is not None
-        opened = self.runtime._parts.hub._opened
-        assert opened is not None
-        assert opened.l2 is not None
         chain = KeyChain(self.runtime._parts.namespace, BLOCK_SIZE)
         chain.extend(tokens_of(prompt, count), b"")
-        return [value_name(opened.l2._names, key, 0) for key in chain.keys]
+        return [value_name(self.l2._names, key, 0) for key in chain.keys]
 
     async def until(self, is_so: Callable[[], bool], what: str) -> None:
         with anyio.move_on_after(WAIT_S):
@@ -241,7 +248,7 @@ async def engine(site: Place, *, slots: int = 256, deadline_s: float = DEADLINE_
     try:
         await runtime.register(made.tensors, block_size=BLOCK_SIZE)
         if "membership" not in l2:
-            await made.until(lambda: bool(made.nodes), "its node is known")
+            await made.until(lambda: made.membership.nodes > 0, "L1 has been told of its nodes")
         yield made
     finally:
         begun = time.monotonic()

@@ -10,7 +10,6 @@ import pytest
 from tests.pipeline.engines import COUNT, Engine, engine
 from tests.pipeline.sites import WAIT_S, FakeSite, Site
 
-from kvoffload.actors.membership import MembershipStatistics
 from kvoffload.l2.nodes_table import TableNode, make_table, render_table
 from kvoffload.testing.valkey import ValkeyServer, free_port
 
@@ -39,20 +38,12 @@ async def member(site: Site, members: ValkeyServer, url: str | None = None) -> A
         yield made
 
 
-def view(engine: Engine) -> MembershipStatistics:
-    assert engine.runtime._parts is not None
-    opened = engine.runtime._parts.hub._opened
-    assert opened is not None
-    assert opened.l2 is not None
-    return opened.l2.membership.statistics()
-
-
 async def knows(engine: Engine, nodes: int) -> None:
     await engine.until(lambda: len(engine.nodes) == nodes, f"it knows {nodes} nodes")
 
 
 async def is_in_trouble(engine: Engine, words: str) -> None:
-    await engine.until(lambda: words in (view(engine).last_error or ""), f"{words!r} is what is the matter")
+    await engine.until(lambda: words in (engine.membership.last_error or ""), f"{words!r} is what is the matter")
 
 
 async def serves(writer: Engine, reader: Engine) -> None:
@@ -78,7 +69,7 @@ async def test_a_node_that_moves(site: Site, members: ValkeyServer) -> None:
         assert await reader.load(OLD) == 0
         publish(members, 2, site.port)
         for each in (writer, reader):
-            await each.until(lambda each=each: view(each).version == 2, "the new table")  # type: ignore[misc]
+            await each.until(lambda each=each: each.membership.version == 2, "the new table")  # type: ignore[misc]
         assert await reader.load(OLD) == 0
         await serves(writer, reader)
         for each in (writer, reader):
@@ -98,11 +89,11 @@ async def test_a_node_that_leaves_in_the_middle_of_transfers(site: Site, members
                 tasks.start_soon(reader.load, OLD)
                 await anyio.to_thread.run_sync(site.wait_held)
                 publish(members, 2, free_port())
-                await reader.until(lambda: view(reader).version == 2, "the new table")
+                await reader.until(lambda: reader.membership.version == 2, "the new table")
         finally:
             site.release()
         publish(members, 3, site.port)
-        await reader.until(lambda: view(reader).version == 3, "the newest table")
+        await reader.until(lambda: reader.membership.version == 3, "the newest table")
         await reader.load_all(OLD)
         for each in (writer, reader):
             await each.check()
@@ -140,10 +131,10 @@ async def test_malformed_tables(members: ValkeyServer, spoilt: bytes) -> None:
         for each in (writer, reader):
             await knows(each, 1)
         assert members.command("SET", TABLE, spoilt) == b"+OK"
-        await reader.until(lambda: view(reader).last_error is not None, "it says so")
+        await reader.until(lambda: reader.membership.last_error is not None, "it says so")
         await serves(writer, reader)
         publish(members, 2, site.port)
-        await reader.until(lambda: view(reader).last_error is None, "it has recovered")
+        await reader.until(lambda: reader.membership.last_error is None, "it has recovered")
         for each in (writer, reader):
             await each.check()
 
@@ -153,8 +144,8 @@ async def test_a_wrong_password(members: ValkeyServer) -> None:
     members.start()
     publish(members, 1, site.port)
     async with member(site, members, f"redis://:wrong@127.0.0.1:{members.port}") as made:
-        await made.until(lambda: view(made).failures > 1, "it was turned away")
-        assert "wrong" not in (view(made).last_error or "").replace("WRONGPASS", "")
+        await made.until(lambda: made.membership.failures > 1, "it was turned away")
+        assert "wrong" not in (made.membership.last_error or "").replace("WRONGPASS", "")
         assert (await made.save(OLD)).stored_tokens
         assert await made.load(OLD) == COUNT
         assert not made.nodes
