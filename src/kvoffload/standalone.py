@@ -49,6 +49,7 @@ from kvoffload.runtime.worker import Rank, WorkerRuntime
 if TYPE_CHECKING:
     from kvoffload.runtime.l2 import MakeNode
 
+NODES_TIMEOUT_S = 30.0
 MAX_SAVES = 32
 """Saves under way at once; a further one waits."""
 
@@ -79,7 +80,7 @@ async def open_runtime(config: Config | Mapping[str, object] | None = None) -> A
     `Runtime.register` comes first. Raises ConfigError; with L2 also where ``model.version`` is not set.
     """
     config = config if isinstance(config, Config) else Config.load(config)
-    if config.l2.backend != "off" and config.model.version is None:
+    if config.l2.backend != "off" and not config.model.version:
         raise ConfigError(
             "l2 needs model.version here: nothing else tells one model's blocks from another's of the same shape. "
             "Let it name the model and its weights"
@@ -127,6 +128,11 @@ class Runtime:
         # A moment after the start, once per runtime: an event for it would have to be L1's own.
         while (statistics := parts.hub.statistics()) is not None and not statistics.usable and parts.hub.off_reason is None:  # noqa: ASYNC110
             await anyio.sleep(0.001)
+        if self._config.l2.backend != "off" and self._config.l2.membership.url is None:
+            # Nodes that the settings name are there at once, or never; the client's loops may have to be compiled first.
+            with anyio.move_on_after(NODES_TIMEOUT_S):
+                while not parts.hub.knows_nodes:  # noqa: ASYNC110
+                    await anyio.sleep(0.001)
 
     def _start(self, tensors: Mapping[str, Tensor], block_size: int) -> _Parts:
         num_blocks = int(next(iter(tensors.values())).shape[0])

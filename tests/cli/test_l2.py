@@ -59,13 +59,22 @@ def test_one_of_two_nodes_is_down(valkey: ValkeyServer, capsys: pytest.CaptureFi
 
 def test_purging_asks_first_and_takes_only_our_blocks(valkey: ValkeyServer, capsys: pytest.CaptureFixture[str]) -> None:
     valkey.command("SET", "mine", "1")
-    valkey.command("SET", "kvo1:a.0:00:r0", "1")
+    valkey.command("SET", "kvo1:prod.0123456789ab:00:r0", "1")
     valkey.command("SET", "kvo1:.0:00:r0", "1")
     assert main(["l2", "purge", "--node", valkey.url]) == 2
     assert valkey.command("DBSIZE") == b":3"
     assert main(["l2", "purge", "--node", valkey.url, "--yes"]) == 0
     assert "2 blocks removed" in capsys.readouterr().out
     assert valkey.command("EXISTS", "mine") == b":1"
+
+
+def test_purging_a_namespace_leaves_those_that_begin_like_it(valkey: ValkeyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("prod", "prod.eu", ""):
+        valkey.command("SET", f"kvo1:{name}.0123456789ab:00:r0", "1")
+    monkeypatch.setenv("KVOFFLOAD_L2_NAMESPACE", "prod")
+    assert main(["l2", "purge", "--node", valkey.url, "--yes"]) == 0
+    assert valkey.command("EXISTS", "kvo1:prod.0123456789ab:00:r0") == b":0"
+    assert valkey.command("DBSIZE") == b":2"
 
 
 def test_nodes_come_from_the_settings(valkey: ValkeyServer, monkeypatch: pytest.MonkeyPatch) -> None:

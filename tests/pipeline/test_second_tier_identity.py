@@ -65,7 +65,8 @@ def valkey() -> Iterator[ValkeyServer]:
 async def matched(valkey: ValkeyServer, engine: Engine, *, save: bool) -> int:
     """Tokens that an engine which has just started finds; with ``save`` it computes them first, and writes them to the node."""
     l2 = {"l2.backend": "redis", "l2.nodes": [valkey.url], "l2.min_tokens": 1, "l2.load_or_compute": False, "l2.deadline_base_ms": 5000}
-    settings = {"model.version": "1", "l1.capacity_bytes": 16 << 20, "l1.reserve_bytes": 0, "l2.deadline_most_ms": 5000, **l2, **engine.settings}
+    own = {"model.version": "1", "l1.capacity_bytes": 16 << 20, "l1.reserve_bytes": 0}
+    settings = {**own, **l2, "l2.deadline_most_ms": 5000, **engine.settings}
     async with kvoffload.open_runtime(settings) as runtime:
         await runtime.register(engine.tensors(), block_size=engine.block_size)
         if save:
@@ -106,5 +107,5 @@ def test_without_a_model_version_nothing_is_shared() -> None:
         async with kvoffload.open_runtime({"l2.backend": "redis", "l2.nodes": ["redis://127.0.0.1:1"]}):
             raise AssertionError("it opened")
 
-    with pytest.raises(kvoffload.ConfigError, match="l2 needs model.version here"):
+    with pytest.raises(kvoffload.ConfigError, match=r"l2 needs model\.version here"):
         asyncio.run(open_it())

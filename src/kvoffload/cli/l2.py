@@ -19,7 +19,7 @@ import numpy as np
 from kvoffload.cli.table import human_bytes, human_seconds
 from kvoffload.config import Config, L2Settings
 from kvoffload.envelope import Envelope
-from kvoffload.errors import ConfigError, KVOffloadError
+from kvoffload.errors import ConfigError, KVOffloadError, UnsupportedError
 from kvoffload.l2.node import Item, L2Node, NodeUnreachable, Outcome, value_name
 from kvoffload.l2.nodes import make_node
 from kvoffload.l2.ring import NodeAddress
@@ -69,7 +69,9 @@ async def _run(command: str, settings: L2Settings, *, manage_port: int, yes: boo
         print("kvoffload l2: the table names no node", file=sys.stderr)
         return 1
     if command == "purge" and not yes:
-        print(f"This empties {len(addresses)} nodes: {', '.join(address.name for address in addresses)}. Say --yes to do it.")
+        what = f"the namespace {settings.namespace!r}" if settings.namespace else "all namespaces"
+        names = ", ".join(address.name for address in addresses)
+        print(f"This removes the blocks of {what} from {names}; an InfiniStore node loses all that it has. Say --yes to do it.")
         return 2
     failed = 0
     for address in addresses:
@@ -141,10 +143,13 @@ async def _purge(address: NodeAddress, settings: L2Settings, manage_port: int) -
     from redis.asyncio import Redis
     from redis.exceptions import RedisError
 
+    if "+cluster" in urlsplit(address.url).scheme:
+        raise UnsupportedError("purging goes to single servers: name each master of the cluster with --node redis://...")
     client = Redis.from_url(address.url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S)
     removed = 0
     try:
-        pattern = f"kvo1:{settings.namespace}.*" if settings.namespace else "kvo1:*"
+        # A namespace is followed by a dot and 12 hexadecimal digits; "prod" must not take "prod.eu" along.
+        pattern = f"kvo1:{settings.namespace}.{'?' * 12}:*" if settings.namespace else "kvo1:*"
         batch: list[bytes] = []
         async for name in client.scan_iter(match=pattern, count=1000):
             batch.append(name)

@@ -43,12 +43,12 @@ def static_nodes(backend: str, entries: Sequence[str]) -> tuple[NodeAddress, ...
     """The nodes of ``l2.nodes``: ``host:port``, ``[::1]:port`` or a URL, the port where it is not the usual one.
 
     A node's name is its host:port, so that engines agree on it; of a Redis also its database, when that is not 0, and of a unix
-    socket its path; never credentials. Raises `ConfigError`, which names everything that is wrong, and no entry that has an @.
+    socket its path; never credentials. Raises `ConfigError`, which names everything that is wrong, and no entry that may hold a password.
     """
     found: dict[str, NodeAddress] = {}
     problems: list[str] = []
     for position, entry in enumerate(entries):
-        shown = f"l2.nodes[{position}]" + ("" if "@" in entry else f" = {entry!r}")
+        shown = f"l2.nodes[{position}]" + ("" if "@" in entry or "?" in entry else f" = {entry!r}")
         try:
             node = _static_node(backend, entry)
         except ValueError as error:

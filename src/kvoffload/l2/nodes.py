@@ -21,11 +21,22 @@ INFINISTORE_PORT = 12345
 
 
 def prepare(settings: L2Settings) -> None:
-    """Whatever takes seconds, once per machine: the compiled loops of InfiniStore's client. Not on a loop."""
-    if settings.backend == "infinistore" and settings.transport == "tcp":
-        from kvoffload.l2.infinistore_native import loops
+    """Whatever takes long: imports, and once per machine the compiled loops of InfiniStore's client. Not on a loop.
 
-        loops()
+    Raises UnsupportedError where what is needed is not installed.
+    """
+    try:
+        if settings.membership.url is not None or settings.backend == "redis":
+            import redis.asyncio  # noqa: F401
+
+            import kvoffload.l2.redis
+        if settings.backend == "infinistore" and settings.transport == "tcp":
+            import kvoffload.l2.infinistore_tcp  # noqa: F401
+            from kvoffload.l2.infinistore_native import loops
+
+            loops()
+    except ImportError as error:
+        raise UnsupportedError(f"l2.backend = {settings.backend} needs {error.name}: pip install kvoffload[l2]") from error
 
 
 def make_node(address: NodeAddress, settings: L2Settings, value_bytes: int, segments: Sequence[SharedMemory] = ()) -> L2Node:

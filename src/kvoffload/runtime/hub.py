@@ -20,7 +20,19 @@ from kvoffload.l1.parts import L1Config
 from kvoffload.l1.statistics import L1Statistics
 from kvoffload.mailbox import OnFull, Receiver, Reply, Sender, ThreadSender, open_mailbox
 from kvoffload.mailbox_state import CallSoon
-from kvoffload.messages import ConnectorOff, Drain, Flush, Node, RankLost, ResetCache, SlotGrant, ToL1Manager, ToScheduler
+from kvoffload.messages import (
+    ConnectorOff,
+    Drain,
+    Flush,
+    FromL2,
+    Node,
+    NodesChanged,
+    RankLost,
+    ResetCache,
+    SlotGrant,
+    ToL1Manager,
+    ToScheduler,
+)
 from kvoffload.observe.logs import get_logger
 from kvoffload.runtime.worker import FromRank
 from kvoffload.supervisor import Child, RestartPolicy, Supervisor
@@ -33,6 +45,8 @@ if TYPE_CHECKING:
 
 log = get_logger("hub")
 
+WRITING_SHARE = 0.25
+"""Of L1, that may wait to be written: those slots cannot be evicted, and a node that is slow must not cost L1 its use."""
 DRAIN_S = 1.5
 """For what is on its way to the second tier when everything ends."""
 POSTS = 4096
@@ -84,7 +98,7 @@ class HubRuntime:
         sender, receiver = open_mailbox("l1_manager", POSTS, OnFull.REFUSE, call_soon=call_soon)
         posts, reports = sender.threadsafe(), sender.threadsafe()
         sender.close()
-        l2 = self._second_tier(shared, reports.owe) if shared is not None and self._config.l2.backend != "off" else None
+        l2 = self._second_tier(shared) if shared is not None and self._config.l2.backend != "off" else None
         config = L1Config(ranks=len(ranks), policy=self._config.l1.policy)
         if l2 is None or shared is None:
             core = L1Core(config, slots)
@@ -105,13 +119,13 @@ class HubRuntime:
                 posts.owe(self._early_reset)
             self._opened = _Opened(tuple(ranks), heartbeat, posts, reports, core, manager, l2)
 
-    def _second_tier(self, shared: Shared, deliver: Callable[[ToL1Manager], None]) -> L2Runtime | None:
+    def _second_tier(self, shared: Shared) -> L2Runtime | None:
         try:
             try:
                 from kvoffload.runtime.l2 import L2Runtime  # what it needs comes with extras
             except ImportError as error:
                 raise UnsupportedError(f"it needs {error.name}: pip install kvoffload[l2]") from error
-            return L2Runtime(self._config.l2, shared, deliver, self._make_node)
+            return L2Runtime(self._config.l2, shared, self._from_nodes, self._make_node)
         except KVOffloadError as error:
             log.error("L2 off: blocks stay in this engine", reason=str(error))
             return None
@@ -128,6 +142,7 @@ class HubRuntime:
             block_bytes=shared.block_bytes,
             load_or_compute=LoadOrCompute() if settings.load_or_compute else None,
             write_queue_blocks=settings.write_queue_blocks,
+            max_writing_share=WRITING_SHARE,
         )
 
     async def run(self) -> None:
@@ -152,8 +167,32 @@ class HubRuntime:
 
     async def _run_second_tier(self, l2: L2Runtime) -> None:
         """Its end is the end of L2, and of nothing else."""
-        policy = RestartPolicy(restarts=0, escalate=lambda child, error: log.error("L2 off: blocks stay here", reason=repr(error)))
-        await Supervisor([Child("l2", l2.run, policy)]).run()
+        policy = RestartPolicy(restarts=0, escalate=self._lose_second_tier)
+        await Supervisor([Child("l2", partial(self._run_l2, l2), policy)]).run()
+
+    async def _run_l2(self, l2: L2Runtime) -> None:
+        try:
+            await l2.run()
+        except UnsupportedError as error:
+            log.error("L2 off: blocks stay in this engine", reason=str(error))
+            self._forget_nodes()
+
+    def _lose_second_tier(self, child: str, error: BaseException) -> None:
+        log.error("L2 off: blocks stay in this engine", reason=repr(error))
+        self._forget_nodes()
+
+    def _forget_nodes(self) -> None:
+        """L1 asks nobody any more."""
+        from kvoffload.l2.ring import RendezvousRing
+
+        self._from_nodes(NodesChanged(RendezvousRing(1 << 62, ())))
+
+    def _from_nodes(self, message: FromL2 | NodesChanged) -> None:
+        """What the second tier sends to L1."""
+        assert self._opened is not None
+        self._opened.reports.owe(message)
+        if isinstance(message, NodesChanged):
+            self._opened.has_nodes = True
 
     def turn_off(self, reason: str, *, quiet: bool = False) -> None:
         """No new promise from here on; both halves are told. From any thread.
@@ -215,6 +254,11 @@ class HubRuntime:
     def node_statistics(self) -> dict[Node, NodeStatistics]:
         """Of each node of the second tier; empty where there is none. As of now, from any thread."""
         return self._opened.l2.statistics() if self._opened is not None and self._opened.l2 is not None else {}
+
+    @property
+    def knows_nodes(self) -> bool:
+        """L1 was told of the second tier's nodes, or there is none to be told of."""
+        return self._opened is None or self._opened.l2 is None or self._opened.has_nodes
 
     def statistics(self) -> L1Statistics | None:
         """As of now, read while the loop may be writing: figures of one moment, not of one instant."""
@@ -284,3 +328,4 @@ class _Opened:
     l2: L2Runtime | None
     has_ended: bool = False
     """L1Manager has: nobody takes what is posted."""
+    has_nodes: bool = False

@@ -49,7 +49,7 @@ class L2Runtime:
         self._make = make or partial(make_node, segments=shared.segments)
         self._value_bytes = HEADER_BYTES + shared.payload_bytes
         digest = shared.digest()
-        secret = settings.secret.get_secret_value().encode() if settings.secret is not None else None
+        secret = settings.secret.get_secret_value().encode(errors="surrogateescape") if settings.secret is not None else None
         self._envelope = Envelope(digest, shared.payload_bytes, secret)
         # Engines with another layout have the same keys, and those with another secret too: a name is written once, so each kind has
         # names of its own, or what the one wrote would be a miss for the other for good.
@@ -62,7 +62,7 @@ class L2Runtime:
 
     async def run(self) -> None:
         try:
-            await anyio.to_thread.run_sync(prepare, self._settings)
+            await anyio.to_thread.run_sync(prepare, self._settings, abandon_on_cancel=True)
             async with anyio.create_task_group() as self._tasks:
                 await Supervisor([Child("membership", self.membership.run, RestartPolicy(restarts=None))]).run()
         finally:
@@ -101,6 +101,9 @@ class L2Runtime:
             node = self._make(address, self._settings, self._value_bytes)
         except KVOffloadError as error:
             log.error("node left out: its blocks are misses", node=address.name, reason=str(error))
+            return
+        except Exception as error:  # one node's trouble must not keep the others from being told of
+            log.error("node left out, please report this: its blocks are misses", node=address.name, exc_info=error)
             return
         actors = self._actors(address, node)
         self._nodes[address.name] = actors

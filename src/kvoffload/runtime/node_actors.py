@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
@@ -10,8 +12,8 @@ import anyio
 
 from kvoffload.actors.l2_prefetcher import PrefetcherStatistics
 from kvoffload.actors.l2_writer import WriterStatistics
-from kvoffload.l2.breaker import Breaker, BreakerStatistics
-from kvoffload.l2.node import L2Node
+from kvoffload.l2.breaker import Breaker, BreakerSettings, BreakerState, BreakerStatistics
+from kvoffload.l2.node import L2Node, NodeUnreachable, Outcome
 from kvoffload.l2.ring import NodeAddress
 from kvoffload.mailbox import OnFull, Receiver, Sender, open_mailbox
 from kvoffload.messages import ToL2Prefetcher, ToL2Writer
@@ -25,6 +27,9 @@ QUEUE = 256
 RESTARTS = 5
 """Crashes of an actor within a minute, after which its node is out until the table names another address for it."""
 CLOSE_S = 1.0
+PROBE_S = 0.25
+"""How often a node that is left alone is looked after; when it may be tried again is its breaker's to say."""
+PING_S = 2.0
 
 T = TypeVar("T")
 
@@ -39,13 +44,30 @@ class NodeStatistics:
     writing: BreakerStatistics
 
 
+class ReadsBreaker(Breaker):
+    """For requests that wait: one that waited in vain is enough, and none is ever the probe. `NodeActors` probes, by a ping."""
+
+    def __init__(self) -> None:
+        super().__init__(BreakerSettings(timeouts=1))
+
+    def allow(self, now: float) -> bool:
+        if self.state is BreakerState.CLOSED:
+            return True
+        super().allow(-math.inf)  # counts the refusal
+        return False
+
+    def allow_probe(self, now: float) -> bool:
+        """Whether it is time for a probe; whoever is told True must make and `record` it."""
+        return self.state is not BreakerState.CLOSED and super().allow(now)
+
+
 @dataclass(frozen=True, slots=True)
 class NodeState:
     """What outlives a node's actors: what they counted, and whether the node is left alone."""
 
     reads: PrefetcherStatistics = field(default_factory=PrefetcherStatistics)
     writes: WriterStatistics = field(default_factory=WriterStatistics)
-    reading: Breaker = field(default_factory=Breaker)
+    reading: ReadsBreaker = field(default_factory=ReadsBreaker)
     writing: Breaker = field(default_factory=Breaker)
 
     def statistics(self) -> NodeStatistics:
@@ -111,10 +133,38 @@ class NodeActors:
         policy = RestartPolicy(restarts=RESTARTS, escalate=self._give_up)
         children = [Child(life.name, _run(life), policy) for life in (self.prefetcher, self.writer)]
         try:
-            await Supervisor(children).run()
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._probe)
+                await Supervisor(children).run()
+                tasks.cancel_scope.cancel()
         finally:
             with anyio.CancelScope(shield=True), anyio.move_on_after(CLOSE_S):
-                await self.node.close()
+                await self._close()
+
+    async def _probe(self) -> None:
+        """Try a node that is left alone, so that no request has to."""
+        breaker = self.state.reading
+        while True:
+            await anyio.sleep(PROBE_S)
+            begun = time.monotonic()
+            if not breaker.allow_probe(begun):
+                continue
+            try:
+                await self.node.ping(begun + PING_S)
+                outcome = Outcome.DONE
+            except NodeUnreachable:
+                outcome = Outcome.FAILED
+            except Exception as error:  # a client's bug is no reason to leave its node alone for ever, nor to end the others
+                log.error("probing a node failed", node=self.address.name, exc_info=error)
+                outcome = Outcome.FAILED
+            now = time.monotonic()
+            breaker.record(outcome, now - begun, now)
+
+    async def _close(self) -> None:
+        try:
+            await self.node.close()
+        except Exception as error:  # one client's bug must not end the others
+            log.error("closing a node's client failed", node=self.address.name, exc_info=error)
 
     def leave(self) -> None:
         """The table does not name this address any more."""
