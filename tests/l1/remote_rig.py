@@ -111,12 +111,18 @@ class RemoteRig:
     # ------------------------------------------------------------ the engine's side
 
     def send(self, message: L1Message) -> None:
-        self._sort(self.core.handle(message, self.now))
+        self._sort(self.core.handle(message, self.now) + self._rest())
 
     def advance(self, seconds: float) -> None:
         """Time goes by, and what is due is done."""
         self.now += seconds
-        self._sort(self.core.tick(self.now))
+        self._sort(self.core.tick(self.now) + self._rest())
+
+    def _rest(self) -> list[Effect]:
+        effects: list[Effect] = []
+        while self.core.has_work:
+            effects += self.core.go_on(self.now)
+        return effects
 
     def close(self) -> None:
         self._sort(self.core.close())
@@ -158,6 +164,9 @@ class RemoteRig:
 
     def loaded(self, job: int, outcome: LoadOutcome = LoadOutcome.LOADED) -> None:
         self.send(LoadFinished(job, 0, outcome))
+
+    def fail_load(self, job: int) -> None:
+        self.loaded(job, LoadOutcome.FAILED)
 
     # ------------------------------------------------------------ the nodes' side
 

@@ -44,6 +44,8 @@ class Rig:
 
     def send(self, message: L1Message) -> list[SlotGrant | PrefixHit | ParentMissing]:
         effects = self.core.handle(message, now=5.0)
+        while self.core.has_work:
+            effects += self.core.go_on(5.0)
         self.core.check()
         mine = [effect.message for effect in effects if isinstance(effect, ToRank | ToScheduler)]
         assert len(mine) == len(effects), "there is no second tier here"

@@ -68,6 +68,7 @@ class L1Machine(RuleBasedStateMachine):
 
     policy = "lru"
     remote_config: RemoteConfig | None = None
+    slice_blocks, many = 512, 32
 
     def set_up(self) -> None:
         """What a machine with more to it has to do at the start."""
@@ -75,8 +76,9 @@ class L1Machine(RuleBasedStateMachine):
     @initialize(ranks=st.integers(1, 3), share=st.sampled_from([0.5, 1.0]))
     def start(self, ranks: int, share: float) -> None:
         self.ranks = ranks
-        config = L1Config(ranks=ranks, policy=self.policy, max_waiting_share=share)  # type: ignore[arg-type]
+        config = L1Config(ranks=ranks, policy=self.policy, max_waiting_share=share, slice_blocks=self.slice_blocks)  # type: ignore[arg-type]
         self.core = L1Core(config, CAPACITY, self.remote_config)
+        self.core._parts.many = self.many
         table = self.core._parts.slots
         table.state = TracedStates(table.state)
         self.grown = [0] * ranks
@@ -95,7 +97,15 @@ class L1Machine(RuleBasedStateMachine):
 
     def send(self, message: Any) -> list[Any]:
         self.now += 0.001
-        return [effect.message if isinstance(effect, ToScheduler) else effect for effect in self.core.handle(message, self.now)]
+        return [
+            effect.message if isinstance(effect, ToScheduler) else effect for effect in self.all_of(self.core.handle(message, self.now))
+        ]
+
+    def all_of(self, effects: list[Any]) -> list[Any]:
+        """And of all slices that follow."""
+        while self.core.has_work:
+            effects += self.core.go_on(self.now)
+        return effects
 
     # ------------------------------------------------------------ what may happen
 

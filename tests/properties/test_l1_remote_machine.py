@@ -62,7 +62,7 @@ class RemoteMachine(L1Machine):
 
     def send(self, message: Any) -> list[Any]:
         self.now += 0.001
-        return self.sort(self.core.handle(message, self.now))
+        return self.sort(self.all_of(self.core.handle(message, self.now)))
 
     def sort(self, effects: list[Any]) -> list[Any]:
         """Note what goes to nodes and which matches are answered; the rest is for the rule."""
@@ -250,7 +250,7 @@ class RemoteMachine(L1Machine):
         self.now += ms / 1000
         deadline = self.core.next_deadline()
         assert deadline == min((asked.deadline for asked in self.asked.values()), default=None)
-        assert not self.sort(self.core.tick(self.now))
+        assert not self.sort(self.all_of(self.core.tick(self.now)))
         assert all(asked.deadline > self.now for asked in self.asked.values()), "somebody waits beyond the deadline"
 
     @rule(count=st.sampled_from([3, 2, 1, 3, 2, 0]))
@@ -304,7 +304,7 @@ class RemoteMachine(L1Machine):
         for batch in sorted(self.finds):
             self.finish_find(batch, [True] * 9)
         self.now += 10.0
-        self.sort(self.core.tick(self.now))
+        self.sort(self.all_of(self.core.tick(self.now)))
         assert not self.asked, "never answered"
         for batch in sorted(self.fetches):
             self.finish_fetch(batch, ["fetched"] * 9)
@@ -324,6 +324,15 @@ class EvictedMachine(RemoteMachine):
     remote_config = RemoteConfig("evicted", min_tokens=2, retry_after_s=0.02, fetch_grace_s=0.1)
 
 
-@pytest.mark.parametrize("machine", [RemoteMachine, HotMachine, EvictedMachine], ids=["all-lru", "hot-s3fifo", "evicted-lru"])
+class SlicedMachine(RemoteMachine):
+    """Every block is a slice of its own, and what is done to many at once is done to few as well."""
+
+    policy = "s3fifo"
+    slice_blocks, many = 1, 1
+
+
+@pytest.mark.parametrize(
+    "machine", [RemoteMachine, HotMachine, EvictedMachine, SlicedMachine], ids=["all-lru", "hot-s3fifo", "evicted-lru", "sliced"]
+)
 def test_random_histories(machine: type[RemoteMachine]) -> None:
     run_machine(machine)

@@ -32,8 +32,8 @@ from kvoffload.messages import (
 )
 from kvoffload.observe.profiling import tagged
 
-BURST_S = 0.002
-"""After so long the others on the loop have their turn; one message takes less."""
+BURST_S = 0.001
+"""After so long the others on the loop have their turn; a slice of one message takes less."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +74,7 @@ class L1Manager:
         self._to_writer = to_writer
         self._clock = clock
         self._burst: deque[ToL1Manager] = deque()
+        self._refusals: deque[L1Message] = deque()
         self._waiting: list[_Waiting] = []
 
     async def run(self) -> None:
@@ -83,7 +84,6 @@ class L1Manager:
                 with anyio.move_on_after(self._time_left()):
                     self._burst.extend(await self._receiver.receive_burst())
                 await self._handle_burst()
-                self._tick()
                 self._answer_waiting()
         except EndOfMailbox:
             pass
@@ -91,19 +91,35 @@ class L1Manager:
             self._settle()
 
     async def _handle_burst(self) -> None:
-        while self._burst:
+        while self._has_work:
             with tagged("l1_manager"):
                 self._handle_for(BURST_S)
-                self._tick()
-            if self._burst:
+            if self._has_work:
                 await checkpoint()
 
+    @property
+    def _has_work(self) -> bool:
+        return bool(self._burst) or self._core.has_work or bool(self._refusals) or self._is_due(self._clock())
+
     def _handle_for(self, limit_s: float) -> None:
-        begun = self._clock()
-        while self._burst:
-            self._handle(self._burst.popleft(), begun)
-            if self._clock() - begun > limit_s:
+        begun = now = self._clock()
+        while now - begun <= limit_s:
+            if self._core.has_work:
+                self._perform(self._core.go_on(now))
+            elif self._refusals:
+                self._perform(self._core.handle(self._refusals.popleft(), now))
+            elif self._is_due(now):
+                self._perform(self._core.tick(now))
+            elif self._burst:
+                self._handle(self._burst.popleft(), now)
+            else:
                 return
+            now = self._clock()
+
+    def _is_due(self, now: float) -> bool:
+        """Whether the deadline of a match has come."""
+        deadline = self._core.next_deadline()
+        return deadline is not None and deadline <= now
 
     def _handle(self, message: ToL1Manager, now: float) -> None:
         if isinstance(message, Flush):
@@ -112,19 +128,13 @@ class L1Manager:
                 jobs = _of_ranks(jobs)
             self._waiting.append(_Waiting(message.reply, jobs, is_last=not message.nodes))
         elif isinstance(message, Drain):
-            self._perform(self._core.close(), now)
+            self._perform(self._core.close())
             self._waiting.append(_Waiting(message.reply, self._core.open_jobs(), message.deadline))
         else:
-            self._perform(self._core.handle(message, now), now)
+            self._perform(self._core.handle(message, now))
 
-    def _tick(self) -> None:
-        """Answer the matches whose deadline has come."""
-        deadline = self._core.next_deadline()
-        if deadline is not None and deadline <= (now := self._clock()):
-            self._perform(self._core.tick(now), now)
-
-    def _perform(self, effects: list[Effect], now: float) -> None:
-        """Send all this, and what comes of it that the second tier refused some."""
+    def _perform(self, effects: list[Effect]) -> None:
+        """Send all this; what the second tier refuses is dealt with next."""
         for effect in effects:
             match effect:
                 case ToRank():
@@ -133,11 +143,10 @@ class L1Manager:
                     self._to_scheduler(effect.message)
                 case ToPrefetcher():
                     if not self._to_prefetcher(effect.node, effect.message):
-                        effects += self._core.handle(_not_read(effect), now)
+                        self._refusals.append(_not_read(effect))
                 case ToWriter():
                     if not self._to_writer(effect.node, effect.message):
-                        failed = WriteFinished(effect.message.batch, effect.node, (), effect.message.slots)
-                        effects += self._core.handle(failed, now)
+                        self._refusals.append(WriteFinished(effect.message.batch, effect.node, (), effect.message.slots))
                 case _:
                     assert_never(effect)
 

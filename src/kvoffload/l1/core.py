@@ -8,7 +8,7 @@ from kvoffload.errors import InternalError
 from kvoffload.l1 import fetching, matching, removal, saving, waiting, writing
 from kvoffload.l1.check import check_all
 from kvoffload.l1.effects import Effect, ToRank, ToScheduler
-from kvoffload.l1.parts import L1Config, Parts
+from kvoffload.l1.parts import L1Config, Parts, Slices
 from kvoffload.l1.remote import Remote, RemoteConfig
 from kvoffload.l1.states import State
 from kvoffload.l1.statistics import L1Statistics
@@ -57,8 +57,9 @@ L1Message = (
 class L1Core:
     """The index, the slots and the leases of one engine, at most ``capacity`` slots per rank; ``remote`` where there is a second tier.
 
-    `handle` (and `tick`, for what is due) is all there is to it: it never waits, and what is to be sent it returns, in order. A
-    message that cannot be (a report of an unknown job, a second one) raises InternalError; L1 is then not to be used any more.
+    `handle` (and `tick`, for what is due) is all there is to it: it never waits, and what is to be sent it returns, in order. A long
+    message is dealt with in slices, between which others on the loop may have their turn, but no other message is handled. One that
+    cannot be (a report of an unknown job, a second one) raises InternalError; L1 is then not to be used any more.
     """
 
     def __init__(self, config: L1Config, capacity: int, remote: RemoteConfig | None = None) -> None:
@@ -68,38 +69,66 @@ class L1Core:
         self._populated = [0] * config.ranks
         self._lost: set[int] = set()
         self._closed = False
+        self._effects: list[Effect] = []
+        self._work: Slices[None] | None = None
 
     def handle(self, message: L1Message, now: float) -> list[Effect]:
-        """Act on one message; ``now`` is `time.monotonic`, in seconds."""
-        remote = self._remote
-        if remote is None:
-            return self._handle(message, now)
-        remote.now = now
-        return self._handle(message, now) + remote.take_effects()
+        """Act on one message; ``now`` is `time.monotonic`, in seconds. There may be more to it: see `has_work`."""
+        return self._begin(self._handle(message, now), now)
 
     def tick(self, now: float) -> list[Effect]:
-        """Answer the matches whose deadline has come."""
+        """Answer the matches whose deadline has come. There may be more to it, as with a message."""
         remote = self._remote
-        if remote is None:
-            return []
-        remote.now = now
-        waiting.expire(self._parts, remote)
-        return remote.take_effects()
+        return self._begin(waiting.expire(self._parts, remote), now) if remote is not None else []
+
+    @property
+    def has_work(self) -> bool:
+        """Whether the last message is not dealt with yet: `go_on`, again and again, before another is handled."""
+        return self._work is not None
+
+    def go_on(self, now: float) -> list[Effect]:
+        """Deal with some more of the last message, for less than a millisecond."""
+        if self._remote is not None:
+            self._remote.now = now
+        if self._work is not None:
+            work, self._work = self._work, None
+            for _ in work:
+                self._work = work
+                break
+        return self._take_effects()
+
+    def _begin(self, work: Slices[None], now: float) -> list[Effect]:
+        effects: list[Effect] = []
+        while self._work is not None:
+            effects += self.go_on(now)
+        self._work = self._whole(work)
+        return effects + self.go_on(now) if effects else self.go_on(now)
+
+    def _whole(self, work: Slices[None]) -> Slices[None]:
+        """And what is to be done after anything."""
+        yield from work
+        if self._remote is not None and self._remote.has_fallen:
+            yield from waiting.look_again(self._parts, self._remote)
+
+    def _take_effects(self) -> list[Effect]:
+        effects, self._effects = self._effects, []
+        return effects + self._remote.take_effects() if self._remote is not None else effects
 
     def next_deadline(self) -> float | None:
         """When `tick` is to be called, if no message comes before."""
         return self._remote.next_deadline() if self._remote is not None else None
 
-    def _handle(self, message: L1Message, now: float) -> list[Effect]:
+    def _handle(self, message: L1Message, now: float) -> Slices[None]:
         parts = self._parts
         match message:
             case ReserveSlots():
-                return self._reserve(message)
+                yield from self._reserve(message)
             case BlocksFilled():
-                saving.filled(parts, message)
+                yield from saving.filled(parts, message)
             case MatchPrefix():
-                answer = self._match(message, now)
-                return [] if answer is None else [ToScheduler(answer)]
+                answer = yield from self._match(message, now)
+                if answer is not None:
+                    self._effects.append(ToScheduler(answer))
             case StartLoad():
                 matching.start_load(parts, message)
             case LoadFinished():
@@ -122,10 +151,9 @@ class L1Core:
             case RankLost():
                 self._lose(message.rank)
             case BlocksFound() | FetchFinished() | WriteFinished() | TransfersSettled() | NodesChanged():
-                self._from_nodes(message)
+                yield from self._from_nodes(message)
             case _:
                 assert_never(message)
-        return []
 
     @property
     def generation(self) -> int:
@@ -154,7 +182,8 @@ class L1Core:
             raise InternalError(f"rank {rank} is gone but was not reported lost")
         saves, loads = self._parts.inflight.awaited_from(rank)
         for job in saves:
-            saving.filled(self._parts, BlocksFilled(job, rank, self._parts.inflight.saves[job].slots, ()))
+            for _ in saving.filled(self._parts, BlocksFilled(job, rank, self._parts.inflight.saves[job].slots, ())):
+                pass
         for job in loads:
             matching.finish_load(self._parts, LoadFinished(job, rank, LoadOutcome.WITHDRAWN))
 
@@ -194,23 +223,23 @@ class L1Core:
             remote=self._remote.statistics(len(parts.slots.held)) if self._remote is not None else None,
         )
 
-    def _match(self, message: MatchPrefix, now: float) -> PrefixHit | None:
+    def _match(self, message: MatchPrefix, now: float) -> Slices[PrefixHit | None]:
         if self.is_off:
             return matching.refuse(self._parts, message, now)
         if self._remote is None:
-            return matching.match(self._parts, message, now)
-        return waiting.match(self._parts, self._remote, message)
+            return (yield from matching.match(self._parts, message, now))
+        return (yield from waiting.match(self._parts, self._remote, message))
 
-    def _from_nodes(self, message: FromNodes) -> None:
+    def _from_nodes(self, message: FromNodes) -> Slices[None]:
         parts, remote = self._parts, self._remote
         if remote is None:
             raise InternalError(f"{type(message).__name__}, and there is no second tier")
         match message:
             case BlocksFound():
-                waiting.found(parts, remote, message)
+                yield from waiting.found(parts, remote, message)
             case FetchFinished():
-                fetching.finished(parts, remote, message)
-                waiting.resume(parts, remote, message.batch)
+                yield from fetching.finished(parts, remote, message)
+                yield from waiting.resume(parts, remote, message.batch)
             case WriteFinished():
                 writing.finished(parts, remote, message)
             case TransfersSettled():
@@ -237,17 +266,17 @@ class L1Core:
             self._remote.is_stopped = True
             waiting.refuse_all(self._parts, self._remote)
 
-    def _reserve(self, message: ReserveSlots) -> list[Effect]:
+    def _reserve(self, message: ReserveSlots) -> Slices[None]:
         if self.is_off:
             blocks = sum(len(run.keys) for run in message.runs)
             self._parts.counts.offered += blocks
             self._parts.counts.drops[DropReason.OFF] += blocks
-            return self._to_ranks(SlotGrant(message.job, (), (), ()))
-        grant, missing = saving.reserve(self._parts, message)
-        effects = self._to_ranks(grant)
+            self._effects += self._to_ranks(SlotGrant(message.job, (), (), ()))
+            return
+        grant, missing = yield from saving.reserve(self._parts, message)
+        self._effects += self._to_ranks(grant)
         if missing is not None:
-            effects.append(ToScheduler(missing))
-        return effects
+            self._effects.append(ToScheduler(missing))
 
     def _to_ranks(self, grant: SlotGrant) -> list[Effect]:
         return [ToRank(rank, grant) for rank in range(self._config.ranks) if rank not in self._lost]

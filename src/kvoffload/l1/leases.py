@@ -46,6 +46,17 @@ class Leases:
         self.held[request] = Lease(sequence, deepest, length)
         return length
 
+    def extend(self, request: str, deepest: int, length: int, room: int) -> bool:
+        """The request's lease becomes this longer one of the same chain; False, and nothing changed, where there is no room for it."""
+        slots, lease = self._slots, self.held[request]
+        slots.pin(deepest)  # before the other goes: only what is new is walked
+        if slots.protected > room:
+            slots.unpin(deepest)
+            return False
+        slots.unpin(lease.deepest)
+        self.held[request] = Lease(lease.sequence, deepest, length)
+        return True
+
     def release_older(self, request: str, sequence: int) -> None:
         """The request asks anew, as ``sequence``: what it held goes."""
         lease = self.held.get(request)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from kvoffload.errors import InternalError
-from kvoffload.l1 import writing
-from kvoffload.l1.parts import Parts
+from kvoffload.l1.parts import Parts, Slices
 from kvoffload.l1.removal import fall
+from kvoffload.l1.saving import touch
 from kvoffload.l1.slots import NONE
 from kvoffload.l1.states import State
 from kvoffload.messages import DropReason, HitReason, LoadFinished, LoadOutcome, MatchPrefix, PrefixHit, StartLoad
@@ -13,21 +13,30 @@ from kvoffload.messages import DropReason, HitReason, LoadFinished, LoadOutcome,
 _FILLING, _READY = int(State.FILLING), int(State.READY)
 
 
-def match(parts: Parts, message: MatchPrefix, now: float) -> PrefixHit:
+def match(parts: Parts, message: MatchPrefix, now: float) -> Slices[PrefixHit]:
     """Answer with the longest READY prefix, or as much of it as there is room to protect, and lease it."""
     parts.leases.release_older(message.request, message.sequence)
-    return answer(parts, message, now)
+    return (yield from answer(parts, message, now))
 
 
-def answer(parts: Parts, message: MatchPrefix, now: float, *, is_cut: bool = False) -> PrefixHit:
-    """As `match`, for a request that holds no lease. ``is_cut``: it would be longer if there had been room."""
+def answer(parts: Parts, message: MatchPrefix, now: float, *, is_cut: bool = False) -> Slices[PrefixHit]:
+    """As `match`, for a request that holds no lease, or one of the first part of this. ``is_cut``: there was no room for more."""
     keys, state, index, counts = message.keys, parts.slots.state, parts.index, parts.counts
     length = index.length_with(keys, state, _READY)
     pending = index.length_with(keys, state, _FILLING, start=length) - length
     slots: tuple[int, ...] = ()
     reason = HitReason.MISS
     if length:
-        granted = parts.leases.grant(message.request, message.sequence, index.find(keys[length - 1]), length, parts.room)
+        deepest = index.find(keys[length - 1])
+        if length > parts.config.slice_blocks:
+            yield
+        if message.request in parts.leases.held and parts.leases.extend(message.request, deepest, length, parts.room):
+            granted = length
+        else:
+            parts.leases.release(message.request)
+            granted = parts.leases.grant(message.request, message.sequence, deepest, length, parts.room)
+        if length > parts.config.slice_blocks:
+            yield
         reason = HitReason.HIT if granted == length else HitReason.NO_ROOM
         if granted:
             chain = parts.slots.chain(index.find(keys[granted - 1]))
@@ -35,10 +44,10 @@ def answer(parts: Parts, message: MatchPrefix, now: float, *, is_cut: bool = Fal
                 raise InternalError(
                     f"request {message.request}: its keys are no chain, block {granted} is block {len(chain)} of its prefix"
                 )
-            parts.policy.touch(reversed(chain))
             slots = tuple(chain)
-            if parts.remote is not None:
-                writing.on_hit(parts, parts.remote, chain)
+            yield from touch(parts, chain)
+    else:
+        parts.leases.release(message.request)
     if is_cut:
         reason = HitReason.NO_ROOM
     counts.matches[reason] += 1

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import TYPE_CHECKING, Literal, Protocol
+from operator import itemgetter
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import numpy as np
 
 from kvoffload.errors import ConfigError, InternalError
 from kvoffload.l1.effects import Effect
@@ -22,8 +26,15 @@ Ingestion = Literal["all", "hot", "evicted"]
 UNKNOWN, WRITING, STORED = 0, 1, 2
 """What is known of a slot's block on its node: nothing; it is being written there; the node has it, or said so."""
 
+BATCH = 256
+"""Blocks of one question, fetch or write, at most: so many are dealt with in less than a millisecond, by whoever deals with them."""
+
 REMEMBERED = 65_536
 """Blocks that failed and are remembered, at most; behind that the oldest are forgotten."""
+
+
+FEW = 32
+"""Fewer slots than this are faster marked by a loop."""
 
 
 class LoadOrCompute(Protocol):
@@ -69,6 +80,17 @@ class RemoteConfig:
             raise ConfigError(f"max_writing_share must be above 0 and at most 1, not {self.max_writing_share}")
 
 
+@dataclass(slots=True, eq=False)
+class Reading:
+    """All that one match has fetched from one node: its batches, which share the node's time, and what is known of them so far."""
+
+    left: int = 0
+    came: int = 0
+    seconds: float = 0.0
+    """Of each batch, together."""
+    begun: float = math.inf
+
+
 @dataclass(frozen=True, slots=True)
 class Transfer:
     """A fetch or a write under way: ``slots[i]`` is for block ``keys[i]``."""
@@ -76,6 +98,11 @@ class Transfer:
     node: Node
     slots: tuple[int, ...]
     keys: tuple[BlockKey, ...]
+    reading: Reading | None = None
+
+
+ABSENT, THERE = 1, 2
+_THERE = bytes([THERE])
 
 
 @dataclass(slots=True, eq=False)
@@ -89,9 +116,7 @@ class Waiting:
     """The first block that nodes were asked for: ``nodes[i]`` for block ``start + i``."""
     nodes: list[Node]
     found: bytearray = field(init=False)
-    """By block, from ``start`` on: not known yet, absent, there."""
-    known: int = 0
-    """So many, from ``start`` on, are there."""
+    """By block, from ``start`` on: not known yet (0), ABSENT, THERE."""
     fetch: Batch | None = None
     """The fetch that it waits for; None while it waits for nodes to say what they have."""
     is_cut: bool = False
@@ -100,6 +125,16 @@ class Waiting:
     def __post_init__(self) -> None:
         self.found = bytearray(len(self.nodes))
 
+    @property
+    def known(self) -> int:
+        """So many blocks, from ``start`` on, are there."""
+        return len(self.found) - len(self.found.lstrip(_THERE))
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether it is known where that ends."""
+        return self.found.lstrip(_THERE)[:1] != b"\0"
+
 
 @dataclass(frozen=True, slots=True)
 class Find:
@@ -107,7 +142,7 @@ class Find:
 
     waiting: Waiting
     node: Node
-    places: tuple[int, ...]
+    places: Sequence[int]
 
 
 class Recent:
@@ -151,6 +186,7 @@ class Remote:
         self.stored = bytearray(capacity)  # UNKNOWN, WRITING or STORED; of a FREE slot it means nothing
         self._batches = count(1)
         self.must_look_ahead = False
+        self.has_fallen = False  # something left the index otherwise than by eviction: who waits for it should know
         self.finds: dict[Batch, Find] = {}
         self.fetches: dict[Batch, Transfer] = {}
         self.writes: dict[Batch, Transfer] = {}
@@ -217,11 +253,13 @@ class Remote:
         self.counts.resets += 1
         self.off_reason = self.off_reason or f"the cache was reset (generation {generation}): the weights may have changed under their name"
 
-    def forget(self, slots: Iterable[int]) -> None:
-        """These slots are for other blocks now."""
-        stored = self.stored
-        for slot in slots:
-            stored[slot] = UNKNOWN
+    def mark(self, slots: Sequence[int], what: int) -> None:
+        """What is known of these slots' blocks: UNKNOWN, WRITING or STORED."""
+        if len(slots) < FEW:
+            for slot in slots:
+                self.stored[slot] = what
+        else:
+            np.frombuffer(self.stored, dtype=np.uint8)[np.array(slots, dtype=np.intp)] = what
 
     def open_jobs(self) -> set[Job]:
         """The fetches and writes that hold slots, as numbers that no job has."""
@@ -242,8 +280,29 @@ def end_transfer(table: dict[Batch, Transfer], batch: Batch, node: Node, *parts:
     transfer = table.get(batch)
     if transfer is None or transfer.node != node:
         raise InternalError(f"node {node} reported batch {batch}, which is not under way there")
+    if parts[0] == transfer.slots and not any(parts[1:]):
+        del table[batch]
+        return transfer
     told = [slot for part in parts for slot in part]
     if len(told) != len(transfer.slots) or set(told) != set(transfer.slots):
         raise InternalError(f"node {node} reported slots {told} of batch {batch}, which is of {list(transfer.slots)}")
     del table[batch]
     return transfer
+
+
+def in_batches(nodes: Sequence[Node | None], *columns: Sequence[Any]) -> Iterator[tuple[Node | None, list[Sequence[Any]]]]:
+    """The rows of these columns by node, at most BATCH at once; each node's in order."""
+    if nodes.count(nodes[0]) == len(nodes):
+        yield from _cut(nodes[0], columns)
+        return
+    places: dict[Node | None, list[int]] = {}
+    for place, node in enumerate(nodes):
+        places.setdefault(node, []).append(place)
+    for node, theirs in places.items():
+        pick = itemgetter(*theirs) if len(theirs) > 1 else lambda column, place=theirs[0]: (column[place],)
+        yield from _cut(node, [pick(column) for column in columns])
+
+
+def _cut(node: Node | None, columns: Sequence[Sequence[Any]]) -> Iterator[tuple[Node | None, list[Sequence[Any]]]]:
+    for start in range(0, len(columns[0]), BATCH):
+        yield node, [column[start : start + BATCH] for column in columns]

@@ -54,6 +54,8 @@ def fall(parts: Parts, slot: int, reason: DropReason) -> None:
         else:
             table.release(member)
     parts.evictor.forget()
+    if parts.remote is not None:
+        parts.remote.has_fallen = True
 
 
 def reset(parts: Parts) -> None:

@@ -7,6 +7,7 @@ an int object alive per entry; arrays are invisible to it, and so is numpy's arr
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -173,6 +174,14 @@ class SlotTable:
         self.held.remove(slot)
         if self.state[slot] == _CONDEMNED and not self.guard[slot]:
             self.release(slot)
+
+    def let_go_all(self, slots: Sequence[int]) -> None:
+        """`let_go` each."""
+        self.held.difference_update(slots)
+        if self.counts[_CONDEMNED]:
+            for slot in slots:
+                if self.state[slot] == _CONDEMNED and not self.guard[slot]:
+                    self.release(slot)
 
     def pin(self, slot: int) -> int:
         """Protect a slot and all above it from eviction until `unpin`; says how many were not protected before."""

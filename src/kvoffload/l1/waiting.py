@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
 
 from kvoffload.errors import InternalError
 from kvoffload.l1 import fetching, matching
 from kvoffload.l1.effects import ToPrefetcher, ToScheduler
-from kvoffload.l1.parts import Parts
-from kvoffload.l1.remote import Find, Remote, Waiting
+from kvoffload.l1.parts import Parts, Slices
+from kvoffload.l1.remote import ABSENT, THERE, Find, Reading, Remote, Waiting, in_batches
 from kvoffload.l1.states import State
 from kvoffload.messages import Batch, BlocksFound, FindBlocks, MatchPrefix, Node, PrefixHit
 
 _FILLING, _READY = int(State.FILLING), int(State.READY)
-_ABSENT, _THERE = 1, 2
 
 
-def match(parts: Parts, remote: Remote, message: MatchPrefix) -> PrefixHit | None:
+def match(parts: Parts, remote: Remote, message: MatchPrefix) -> Slices[PrefixHit | None]:
     """The answer, if it can be given now: L1 has it all, or nodes have nothing worth asking for. The READY part is leased either way."""
     supersede(parts, remote, message)
     now = remote.now
     if message.deadline <= now:
-        return matching.answer(parts, message, now)
+        return (yield from matching.answer(parts, message, now))
     ready, start = _lengths(parts, message)
-    nodes = _nodes_to_ask(parts, remote, message, start)
+    nodes = yield from _nodes_to_ask(parts, remote, message, start)
     fetch = None if nodes else _fetch_under_way(parts, remote, message, ready, start)
     if (not nodes and fetch is None) or not _lease_whole(parts, message, ready):
-        return matching.answer(parts, message, now)
+        return (yield from matching.answer(parts, message, now))
     waiting = Waiting(message, ready, start, nodes)
     remote.wait(waiting)
     if fetch is None:
-        _ask(remote, waiting)
+        yield from _ask(parts, remote, waiting)
     else:
         _wait_for(remote, waiting, fetch)
     return None
@@ -45,7 +47,7 @@ def supersede(parts: Parts, remote: Remote, message: MatchPrefix) -> None:
     remote.give_up(message.request)
 
 
-def found(parts: Parts, remote: Remote, message: BlocksFound) -> None:
+def found(parts: Parts, remote: Remote, message: BlocksFound) -> Slices[None]:
     """A node has said what it has. What to fetch is decided once the first absent block is known, and all before it."""
     find = remote.finds.pop(message.batch, None)
     if find is None or find.node != message.node or len(message.found) not in (0, len(find.places)):
@@ -54,27 +56,47 @@ def found(parts: Parts, remote: Remote, message: BlocksFound) -> None:
     waiting = find.waiting
     if not remote.is_waiting(waiting) or waiting.fetch is not None:
         return
-    for place, is_there in zip(find.places, message.found or (False,) * len(find.places), strict=True):
-        waiting.found[place] = _THERE if is_there else _ABSENT
-    while waiting.known < len(waiting.nodes) and waiting.found[waiting.known] == _THERE:
-        waiting.known += 1
-    if waiting.known == len(waiting.nodes) or waiting.found[waiting.known] == _ABSENT:
-        _fetch(parts, remote, waiting)
-        _go_on(parts, remote, waiting)
+    known: Sequence[bool] = message.found or (False,) * len(find.places)
+    states = np.where(np.array(known, dtype=bool), np.uint8(THERE), np.uint8(ABSENT))
+    np.frombuffer(waiting.found, dtype=np.uint8)[np.array(find.places, dtype=np.intp)] = states
+    if waiting.is_decided:
+        yield from _fetch(parts, remote, waiting)
+        yield from _go_on(parts, remote, waiting)
 
 
-def resume(parts: Parts, remote: Remote, batch: Batch) -> None:
+def resume(parts: Parts, remote: Remote, batch: Batch) -> Slices[None]:
     """This fetch has ended: who waited for it waits for another one, or is answered."""
+    pace = parts.pace()
     for waiting in remote.waiters.pop(batch, ()):
-        if remote.is_waiting(waiting):
-            _go_on(parts, remote, waiting)
+        if remote.is_waiting(waiting) and waiting.fetch == batch:
+            if pace.is_over(len(waiting.message.keys)):
+                yield
+            yield from _go_on(parts, remote, waiting)
 
 
-def expire(parts: Parts, remote: Remote) -> None:
+def look_again(parts: Parts, remote: Remote) -> Slices[None]:
+    """Blocks fell: whose chain they were in is answered at once, unless it waits for something else that is still coming."""
+    remote.has_fallen = False
+    pace = parts.pace()
+    for waiting in list(remote.waiting.values()):
+        if pace.is_over(len(waiting.message.keys)):
+            yield
+        ready, end = _lengths(parts, waiting.message)
+        if waiting.fetch is None:
+            if end < waiting.start:
+                yield from _answer(parts, remote, waiting)
+        elif waiting.fetch != _fetch_under_way(parts, remote, waiting.message, ready, end):
+            yield from _go_on(parts, remote, waiting)
+
+
+def expire(parts: Parts, remote: Remote) -> Slices[None]:
     """Answer every match whose deadline has come with what is READY. What is being fetched goes on."""
+    pace = parts.pace()
     while (waiting := remote.due(remote.now)) is not None:
+        if pace.is_over(len(waiting.message.keys)):
+            yield
         remote.counts.late += 1
-        _answer(parts, remote, waiting)
+        yield from _answer(parts, remote, waiting)
 
 
 def refuse_all(parts: Parts, remote: Remote) -> None:
@@ -92,16 +114,24 @@ def _lengths(parts: Parts, message: MatchPrefix) -> tuple[int, int]:
     return ready, parts.index.length_with(message.keys, state, _FILLING, start=ready)
 
 
-def _nodes_to_ask(parts: Parts, remote: Remote, message: MatchPrefix, start: int) -> list[Node]:
+def _nodes_to_ask(parts: Parts, remote: Remote, message: MatchPrefix, start: int) -> Slices[list[Node]]:
     """The nodes of the blocks from ``start`` on; none where that cannot be worth it."""
     nodes: list[Node] = []
     if remote.ring is None or not remote.is_live or not _is_enough(remote, message, start, len(message.keys)):
         return nodes
-    keys, unread = message.keys[start:], remote.unread
-    for key, node in zip(keys, remote.ring.nodes_of(keys), strict=True):
-        if node is None or unread.has(key, remote.now):
+    unread, now = remote.unread, remote.now
+    for at, keys in enumerate(parts.sliced(message.keys[start:] if start else message.keys)):
+        if at:
+            yield
+        theirs = remote.ring.nodes_of(keys)
+        if len(unread):
+            whole = next((place for place, key in enumerate(keys) if unread.has(key, now)), len(keys))
+            theirs = theirs[:whole]
+        if None in theirs:
+            theirs = theirs[: theirs.index(None)]
+        nodes += theirs  # type: ignore[arg-type]
+        if len(theirs) < len(keys):
             break
-        nodes.append(node)
     return nodes if _is_enough(remote, message, start, start + len(nodes)) else []
 
 
@@ -116,30 +146,35 @@ def _is_enough(remote: Remote, message: MatchPrefix, start: int, stop: int) -> b
 
 def _lease_whole(parts: Parts, message: MatchPrefix, ready: int) -> bool:
     """Lease the READY part while the request waits; False, and nothing leased, where there is no room for it."""
-    if not ready:
-        return True
-    deepest = parts.index.find(message.keys[ready - 1])
-    if parts.leases.grant(message.request, message.sequence, deepest, ready, parts.room) == ready:
-        return True
-    parts.leases.release(message.request)
-    return False
+    leases, request = parts.leases, message.request
+    if ready:
+        deepest = parts.index.find(message.keys[ready - 1])
+        if request in leases.held:
+            if leases.extend(request, deepest, ready, parts.room):
+                return True
+        elif leases.grant(request, message.sequence, deepest, ready, parts.room) == ready:
+            return True
+    leases.release(request)
+    return not ready
 
 
-def _ask(remote: Remote, waiting: Waiting) -> None:
-    """One question to every node concerned."""
-    message, places = waiting.message, dict[Node, list[int]]()
-    for place, node in enumerate(waiting.nodes):
-        places.setdefault(node, []).append(place)
+def _ask(parts: Parts, remote: Remote, waiting: Waiting) -> Slices[None]:
+    """Ask every node concerned, all at once."""
+    message, start = waiting.message, waiting.start
     remote.counts.lookups += 1
     remote.counts.asked += len(waiting.nodes)
-    for node, theirs in places.items():
-        batch = remote.next_batch()
-        remote.finds[batch] = Find(waiting, node, tuple(theirs))
-        keys = tuple(message.keys[waiting.start + place] for place in theirs)
-        remote.effects.append(ToPrefetcher(node, FindBlocks(batch, keys, message.deadline)))
+    for at, places in enumerate(parts.sliced(range(len(waiting.nodes)))):
+        if at:
+            yield
+        first, stop = places[0], places[-1] + 1
+        for node, (theirs, keys) in in_batches(waiting.nodes[first:stop], places, message.keys[start + first : start + stop]):
+            assert node is not None
+            batch = remote.next_batch()
+            remote.finds[batch] = Find(waiting, node, theirs)
+            remote.effects.append(ToPrefetcher(node, FindBlocks(batch, tuple(keys), message.deadline)))
 
 
-def _fetch(parts: Parts, remote: Remote, waiting: Waiting) -> None:
+def _fetch(parts: Parts, remote: Remote, waiting: Waiting) -> Slices[None]:
     """Fetch what is there and L1 still lacks, from the first such block on: L1 has no block without its parent.
 
     So blocks that only L1 lacks, and the engine has, are fetched with the others, and count among what that costs.
@@ -160,9 +195,17 @@ def _fetch(parts: Parts, remote: Remote, waiting: Waiting) -> None:
     if judge is not None and not judge.should_load(_useful(message, start, stop), message.tokens_per_s, Counter(nodes), config.block_bytes):
         remote.counts.skipped += len(nodes)
         return
-    before = message.keys[start - 1] if start else None
-    taken = fetching.fetch(parts, remote, before, message.keys[start:stop], nodes, message.deadline + config.fetch_grace_s)
-    waiting.is_cut |= taken < len(nodes)
+    deadline = message.deadline + config.fetch_grace_s
+    readings: dict[Node, Reading] = {}
+    for at, places in enumerate(parts.sliced(range(start, stop))):
+        if at:
+            yield
+        first, end = places[0], places[-1] + 1
+        theirs = waiting.nodes[first - waiting.start : end - waiting.start]
+        before = message.keys[first - 1] if first else None
+        if fetching.fetch(parts, remote, before, message.keys[first:end], theirs, deadline, readings) < len(places):
+            waiting.is_cut = True
+            return
 
 
 def _fetch_under_way(parts: Parts, remote: Remote, message: MatchPrefix, ready: int, end: int) -> Batch | None:
@@ -177,14 +220,13 @@ def _fetch_under_way(parts: Parts, remote: Remote, message: MatchPrefix, ready: 
     return None
 
 
-def _go_on(parts: Parts, remote: Remote, waiting: Waiting) -> None:
+def _go_on(parts: Parts, remote: Remote, waiting: Waiting) -> Slices[None]:
     """Wait for the first fetch that this match still waits for, with what came so far leased as well; or answer it."""
     message = waiting.message
     ready, end = _lengths(parts, message)
     fetch = _fetch_under_way(parts, remote, message, ready, end)
-    parts.leases.release(message.request)
     if fetch is None or not _lease_whole(parts, message, ready):
-        _answer(parts, remote, waiting)
+        yield from _answer(parts, remote, waiting)
     else:
         _wait_for(remote, waiting, fetch)
 
@@ -194,11 +236,10 @@ def _wait_for(remote: Remote, waiting: Waiting, fetch: Batch) -> None:
     remote.waiters.setdefault(fetch, []).append(waiting)
 
 
-def _answer(parts: Parts, remote: Remote, waiting: Waiting) -> None:
+def _answer(parts: Parts, remote: Remote, waiting: Waiting) -> Slices[None]:
     message, counts = waiting.message, remote.counts
     remote.give_up(message.request)
-    parts.leases.release(message.request)
-    hit = matching.answer(parts, message, remote.now, is_cut=waiting.is_cut)
+    hit = yield from matching.answer(parts, message, remote.now, is_cut=waiting.is_cut)
     gained = len(hit.slots) - waiting.ready
     if gained > 0:
         counts.hits += 1

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from kvoffload.l1.effects import ToWriter
-from kvoffload.l1.parts import Parts
-from kvoffload.l1.remote import STORED, UNKNOWN, WRITING, Remote, Transfer, end_transfer
-from kvoffload.messages import BlockKey, Node, WriteBlocks, WriteFinished
+from kvoffload.l1.parts import Parts, Slices
+from kvoffload.l1.remote import STORED, UNKNOWN, WRITING, Remote, Transfer, end_transfer, in_batches
+from kvoffload.messages import WriteBlocks, WriteFinished
 
 AHEAD_SHARE = 0.05
 """Of the slots, that may be on their way to nodes at once because they are to be evicted soon."""
@@ -15,20 +17,20 @@ AHEAD = 256
 """So many of the slots to be evicted next are looked at after a reservation that evicted, at most."""
 
 
-def on_commit(parts: Parts, remote: Remote, ready: Sequence[int]) -> int:
+def on_commit(parts: Parts, remote: Remote, ready: Sequence[int]) -> Slices[int]:
     """These became READY; how many of them were saved, and not fetched."""
     stored = remote.stored
     saved = [slot for slot in ready if not stored[slot]]
     if remote.config.ingestion == "all":
-        _write(parts, remote, saved)
+        yield from _write(parts, remote, saved)
     return len(saved)
 
 
-def on_hit(parts: Parts, remote: Remote, slots: Sequence[int]) -> None:
+def on_hit(parts: Parts, remote: Remote, slots: Sequence[int]) -> Slices[None]:
     """These are READY, and used again."""
     if remote.config.ingestion == "hot":
         stored = remote.stored
-        _write(parts, remote, _not_tried(parts, remote, [slot for slot in slots if not stored[slot]]))
+        yield from _write(parts, remote, _not_tried(parts, remote, [slot for slot in slots if not stored[slot]]))
 
 
 def on_eviction(parts: Parts, remote: Remote, evicted: Sequence[int]) -> None:
@@ -49,7 +51,7 @@ def look_ahead(parts: Parts, remote: Remote) -> None:
         return
     stored = remote.stored
     named = [slot for slot in parts.policy.peek(AHEAD) if not stored[slot]]
-    _write(parts, remote, _not_tried(parts, remote, named)[:most])
+    _offer(parts, remote, _not_tried(parts, remote, named)[:most])
 
 
 def finished(parts: Parts, remote: Remote, message: WriteFinished) -> None:
@@ -60,6 +62,10 @@ def finished(parts: Parts, remote: Remote, message: WriteFinished) -> None:
         del remote.queued[message.node]
     remote.counts.written += len(message.stored)
     remote.counts.write_failed += len(message.failed) + len(message.unsettled)
+    if len(message.stored) == len(transfer.slots):
+        remote.mark(transfer.slots, STORED)
+        parts.slots.let_go_all(transfer.slots)
+        return
     written, unsettled = set(message.stored), set(message.unsettled)
     for slot, key in zip(transfer.slots, transfer.keys, strict=True):
         if slot not in written:
@@ -86,27 +92,37 @@ def _not_tried(parts: Parts, remote: Remote, slots: list[int]) -> list[int]:
     return [slot for slot in slots if not remote.unwritten.has(keys[slot], remote.now)]
 
 
-def _write(parts: Parts, remote: Remote, slots: Sequence[int]) -> None:
-    """Offer these to the writers of their nodes, a batch each, as far as they may be on their way; the rest is dropped."""
-    if not slots or remote.ring is None or not remote.is_live:
+def _write(parts: Parts, remote: Remote, slots: Sequence[int]) -> Slices[None]:
+    """Offer these to the writers of their nodes, as far as they may be on their way; the rest is dropped."""
+    if not slots or not remote.is_live:
+        return
+    for at, piece in enumerate(parts.sliced(slots)):
+        if at:
+            yield
+        _offer(parts, remote, piece)
+
+
+def _offer(parts: Parts, remote: Remote, slots: Sequence[int]) -> None:
+    if not slots or remote.ring is None:
         return
     table, config, counts = parts.slots, remote.config, remote.counts
-    room = int(config.max_writing_share * table.usable) - len(table.held)
-    batches: dict[Node, tuple[list[int], list[BlockKey]]] = {}
-    wanted = [table.keys[slot] for slot in slots]
-    for slot, key, node in zip(slots, wanted, remote.ring.nodes_of(wanted), strict=True):
-        if node is None or room <= 0 or remote.queued[node] >= config.write_queue_blocks:
-            counts.write_dropped += 1
+    room = max(0, int(config.max_writing_share * table.usable) - len(table.held))
+    counts.write_dropped += max(0, len(slots) - room)
+    slots = slots[:room]
+    if not slots:
+        return
+    keys = table.keys[np.array(slots, dtype=np.intp)].tolist()
+    for node, (taken, theirs) in in_batches(remote.ring.nodes_of(keys), slots, keys):
+        most = config.write_queue_blocks - remote.queued[node] if node is not None else 0
+        if len(taken) > most:
+            counts.write_dropped += len(taken) - most
+            taken, theirs = taken[:most], theirs[:most]
+        if node is None or not taken:
             continue
-        room -= 1
-        remote.queued[node] += 1
-        batch = batches.setdefault(node, ([], []))
-        batch[0].append(slot)
-        batch[1].append(key)
-        remote.stored[slot] = WRITING
-    for node, (taken, keys) in batches.items():
-        number = remote.next_batch()
-        transfer = remote.writes[number] = Transfer(node, tuple(taken), tuple(keys))
+        remote.queued[node] += len(taken)
+        remote.mark(taken, WRITING)
         table.held.update(taken)
         counts.offered += len(taken)
+        number = remote.next_batch()
+        transfer = remote.writes[number] = Transfer(node, tuple(taken), tuple(theirs))
         remote.effects.append(ToWriter(node, WriteBlocks(number, transfer.slots, transfer.keys)))
