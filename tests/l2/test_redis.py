@@ -419,3 +419,9 @@ async def test_a_cluster_of_one() -> None:
     with ValkeyServer(cluster_enabled=True) as alone:
         async with node_at(alone.url.replace("redis:", "redis+cluster:")) as node:
             assert await serves(node, "a", 100_000)
+
+
+async def test_an_unknown_option_in_a_url_is_said_at_once_and_without_the_password() -> None:
+    with pytest.raises(UnsupportedError, match="an option that redis-py does not know") as said:
+        RedisNode("n", "redis://:hunter2@127.0.0.1:1?foo=bar", value_bytes=64)
+    assert "hunter2" not in str(said.value)

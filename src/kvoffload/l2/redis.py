@@ -67,8 +67,10 @@ class RedisNode:
                 socket_timeout=connect_timeout_s,  # of the handshake
                 socket_connect_timeout=connect_timeout_s,
             )
-        except ValueError as error:
-            raise UnsupportedError(f"node {name}: no URL of a Redis server: {error}") from error
+            pool.connection_class(**pool.connection_kwargs)  # an option that it does not know is said here, and not at the first use
+        except (TypeError, ValueError) as error:
+            reason = str(error) if isinstance(error, ValueError) else "it has an option that redis-py does not know"
+            raise UnsupportedError(f"node {name}: no URL of a Redis server: {reason}") from error
         self._connection_class, self._options = pool.connection_class, dict(pool.connection_kwargs)
         self._seed: Address = (str(self._options.get("host", "localhost")), int(self._options.get("port", 6379)))
         self._pools: dict[Address, Pool] = {}
