@@ -66,7 +66,9 @@ def tests(session: nox.Session) -> None:
     if not session.posargs:
         check(session, python)
     infinistore(session, python)
-    session.run(python, "-m", "pytest", "-m", "not long", *session.posargs, external=True)
+    # A file stays in one process: fixtures of a module are made once, and real vLLM is met by few processes.
+    at_once = () if session.posargs else ("-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile")
+    session.run(python, "-m", "pytest", "-m", "not long", *at_once, *session.posargs, external=True)
 
 
 @nox.session(venv_backend="none")

@@ -16,7 +16,14 @@ from tests.vllm.second_tier import Node, StartNodes, found_by, real_nodes, share
 from kvoffload.testing.valkey import ValkeyServer
 
 
-@pytest.fixture(params=["redis", "infinistore"])
+def on(*kinds: str) -> pytest.MarkDecorator:
+    """On these kinds of nodes; on the others too where there are minutes for it."""
+    every = ("redis", "infinistore")
+    params = [kind if kind in kinds else pytest.param(kind, marks=pytest.mark.long) for kind in every]
+    return pytest.mark.parametrize("nodes", params, indirect=True)
+
+
+@pytest.fixture
 def nodes(request: pytest.FixtureRequest, infinistore_prepared: Environment | NotRun) -> Iterator[StartNodes]:
     if request.param == "infinistore" and isinstance(infinistore_prepared, NotRun):
         pytest.skip(f"InfiniStore server not run: {infinistore_prepared}")
@@ -24,6 +31,7 @@ def nodes(request: pytest.FixtureRequest, infinistore_prepared: Environment | No
         yield start
 
 
+@on("redis", "infinistore")
 def test_a_later_engine_has_what_an_earlier_one_computed(plain: Plain, nodes: StartNodes) -> None:
     asked = prompts([31, 33, 64, 97, 200, 330], "later")
     [node] = nodes(1)
@@ -40,6 +48,7 @@ def test_a_later_engine_has_what_an_earlier_one_computed(plain: Plain, nodes: St
         found_by(second, plain, asked, kv)
 
 
+@on("infinistore")
 def test_engines_side_by_side_share_both_ways(plain: Plain, nodes: StartNodes) -> None:
     [node] = nodes(1)
     config = sharing_config([node])
@@ -48,6 +57,7 @@ def test_engines_side_by_side_share_both_ways(plain: Plain, nodes: StartNodes) -
         share(here, there, plain, prompts([140, 65, 260], "from here"))
 
 
+@on("redis")
 def test_what_differs_in_one_thing_is_not_shared(plain: Plain, nodes: StartNodes) -> None:
     asked = [prompt(200, "differs")]
     there = nodes(2)
@@ -91,6 +101,7 @@ def test_altered_values_are_misses(plain: Plain) -> None:
             found_by(second, plain, asked)  # from its own L1: what it computed instead
 
 
+@on("infinistore")
 def test_nodes_come_and_go_under_load(plain: Plain, nodes: StartNodes) -> None:
     """Three nodes of which one at a time is killed, restarted empty, or frozen, while an engine whose L1 churns serves."""
     asked = prompts([200, 150, 330, 97, 260, 180, 220, 140], "load")

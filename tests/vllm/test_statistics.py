@@ -62,7 +62,7 @@ def listening(served: Engine) -> Iterator[Lines]:
         logger.setLevel(level)
 
 
-@pytest.mark.parametrize("processes", [1, 3])
+@pytest.mark.parametrize("processes", [1, pytest.param(3, marks=pytest.mark.long)])
 def test_vllms_line_says_what_was_saved_and_loaded(plain: Plain, processes: int) -> None:
     asked = prompts([200, 330], ("statistics", processes))
     blocks = sum((len(one) - 1) // 32 for one in asked)
