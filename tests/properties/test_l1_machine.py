@@ -68,7 +68,7 @@ class L1Machine(RuleBasedStateMachine):
 
     policy = "lru"
     remote_config: RemoteConfig | None = None
-    slice_blocks, many = 512, 32
+    slice_blocks, many, keeps = 512, 32, True
 
     def set_up(self) -> None:
         """What a machine with more to it has to do at the start."""
@@ -76,7 +76,7 @@ class L1Machine(RuleBasedStateMachine):
     @initialize(ranks=st.integers(1, 3), share=st.sampled_from([0.5, 1.0]))
     def start(self, ranks: int, share: float) -> None:
         self.ranks = ranks
-        config = L1Config(ranks=ranks, policy=self.policy, max_waiting_share=share, slice_blocks=self.slice_blocks)  # type: ignore[arg-type]
+        config = L1Config(ranks=ranks, policy=self.policy, max_waiting_share=share, slice_blocks=self.slice_blocks, keeps=self.keeps)  # type: ignore[arg-type]
         self.core = L1Core(config, CAPACITY, self.remote_config)
         self.core._parts.many = self.many
         table = self.core._parts.slots
@@ -146,8 +146,7 @@ class L1Machine(RuleBasedStateMachine):
             return
         assert len(set(grant.slots)) == len(grant.slots)
         assert all(slot < min(self.grown) for slot in grant.slots)
-        keys_of = self.keys_by_slot()
-        granted_keys = tuple(keys_of[slot] for slot in grant.slots)
+        granted_keys = tuple(self.core._parts.slots.keys[slot] for slot in grant.slots)
         wanted = {(key, block, epoch) for run in runs for key, block, epoch in zip(run.keys, run.blocks, run.epochs, strict=True)}
         assert set(zip(granted_keys, grant.blocks, grant.epochs, strict=True)) <= wanted
         for rank in range(self.ranks):

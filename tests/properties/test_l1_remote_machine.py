@@ -15,6 +15,7 @@ from kvoffload.l2.ring import NodeAddress, RendezvousRing
 from kvoffload.messages import (
     BlockKey,
     BlocksFound,
+    DropReason,
     FetchBlocks,
     FetchFinished,
     FindBlocks,
@@ -331,8 +332,43 @@ class SlicedMachine(RemoteMachine):
     slice_blocks, many = 1, 1
 
 
-@pytest.mark.parametrize(
-    "machine", [RemoteMachine, HotMachine, EvictedMachine, SlicedMachine], ids=["all-lru", "hot-s3fifo", "evicted-lru", "sliced"]
-)
+class OnlyNodesMachine(RemoteMachine):
+    """L1 keeps nothing: what nobody reads or writes any more is gone."""
+
+    keeps = False
+    remote_config = RemoteConfig("hot", min_tokens=1, retry_after_s=0.02, fetch_grace_s=0.1, max_writing_share=0.7)
+
+    @invariant()
+    def nothing_is_kept(self) -> None:
+        if not hasattr(self, "core"):
+            return
+        statistics = self.core.statistics()
+        needed = {slot for grant in self.writing.values() for slot in grant.slots} | self.touched()
+        needed |= {slot for hit, _ in self.hits.values() for slot in hit.slots}
+        needed |= {slot for held in self.reading.values() for slot, _ in held}
+        if not (needed or self.asked):
+            assert statistics.slots[State.FREE] == statistics.usable
+        assert not statistics.drops.get(DropReason.PARENT_MISSING)
+        if not (self.lost or self.was_reset):
+            counts = self.core._parts.remote.counts  # type: ignore[union-attr]
+            assert counts.offered + counts.write_dropped == statistics.committed, "a block was neither written nor dropped"
+
+
+class SlicedOnlyNodesMachine(OnlyNodesMachine):
+    policy = "s3fifo"
+    slice_blocks, many = 1, 1
+
+
+MACHINES = {
+    "all-lru": RemoteMachine,
+    "hot-s3fifo": HotMachine,
+    "evicted-lru": EvictedMachine,
+    "sliced": SlicedMachine,
+    "only-nodes": OnlyNodesMachine,
+    "only-nodes-sliced": SlicedOnlyNodesMachine,
+}
+
+
+@pytest.mark.parametrize("machine", MACHINES.values(), ids=MACHINES)
 def test_random_histories(machine: type[RemoteMachine]) -> None:
     run_machine(machine)

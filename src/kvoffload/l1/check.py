@@ -19,6 +19,7 @@ def check_all(parts: Parts) -> None:
     _check_families(parts)
     _check_guards(parts)
     _check_jobs(parts)
+    _check_nothing_is_kept(parts)
     if parts.remote is not None:
         _check_remote(parts, parts.remote)
     parts.policy.check()
@@ -55,7 +56,7 @@ def _check_index(parts: Parts) -> None:
         if slot in indexed:
             _require(parts.index.find(table.keys[slot]) == slot, "slot", slot, "has another slot's key")
         else:
-            _require(table.keys[slot] is None or state == State.FREE, "slot", slot, "has a key but is", state)
+            _require(table.keys[slot] is None or state in (State.FREE, State.STAGING), "slot", slot, "has a key but is", state)
 
 
 def _check_families(parts: Parts) -> None:
@@ -69,7 +70,7 @@ def _check_families(parts: Parts) -> None:
     listed = {child for family in children.values() for child in family}
     for slot in range(table.usable):
         state, parent = State(table.state[slot]), table.parent[slot]
-        if state in (State.FREE, State.DOOMED, State.QUARANTINED):
+        if state in (State.FREE, State.DOOMED, State.QUARANTINED, State.STAGING):
             _require(slot not in children and slot not in listed, "slot", slot, "is", state, "and has family")
             continue
         _require((slot in listed) == (parent != NONE), "slot", slot, "is not among its parent's children")
@@ -113,7 +114,8 @@ def _check_jobs(parts: Parts) -> None:
     owned = [slot for save in parts.inflight.saves.values() for slot in save.slots]
     if parts.remote is not None:
         owned += parts.remote.fetch_of
-    held = {slot for slot in range(table.usable) if table.state[slot] in (State.FILLING, State.DOOMED, State.QUARANTINED)}
+    filling = (State.FILLING, State.STAGING, State.DOOMED, State.QUARANTINED)
+    held = {slot for slot in range(table.usable) if table.state[slot] in filling}
     _require(len(owned) == len(set(owned)), "one slot is filled twice")
     _require(
         set(owned) == held,
@@ -123,6 +125,18 @@ def _check_jobs(parts: Parts) -> None:
     )
     if not owned:
         _require(not table.counts[State.FILLED], "slots are FILLED, and nothing that they could wait for is being filled")
+
+
+def _check_nothing_is_kept(parts: Parts) -> None:
+    """A READY slot is pinned, or something that is being filled needs it; saves are not in the index."""
+    table = parts.slots
+    _require(not parts.config.keeps or not table.counts[State.STAGING], "a slot is STAGING, and L1 keeps blocks")
+    if parts.config.keeps:
+        return
+    for slot in range(table.usable):
+        if table.state[slot] == State.READY:
+            _require(bool(table.guard[slot]) or table.first_child[slot] >= 0, "slot", slot, "is READY and nothing keeps it")
+    _require(not table.abandoned, "slots", table.abandoned, "were not looked at")
 
 
 def _check_remote(parts: Parts, remote: Remote) -> None:

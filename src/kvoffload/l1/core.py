@@ -109,6 +109,8 @@ class L1Core:
         yield from work
         if self._remote is not None and self._remote.has_fallen:
             yield from waiting.look_again(self._parts, self._remote)
+        if not self._config.keeps:
+            yield from removal.let_go_abandoned(self._parts)
 
     def _take_effects(self) -> list[Effect]:
         effects, self._effects = self._effects, []
@@ -174,7 +176,13 @@ class L1Core:
         """Refuse new work from now on, and tell the matches that wait so; what was begun goes on to its end."""
         self._closed = True
         self._stop_remote()
+        self._let_go()
         return self._remote.take_effects() if self._remote is not None else []
+
+    def _let_go(self) -> None:
+        if not self._config.keeps:
+            for _ in removal.let_go_abandoned(self._parts):
+                pass
 
     def rank_gone(self, rank: int) -> None:
         """The process of a lost rank is known to be gone, and reads and writes no more: what waited for its reports ends."""
@@ -186,6 +194,7 @@ class L1Core:
                 pass
         for job in loads:
             matching.finish_load(self._parts, LoadFinished(job, rank, LoadOutcome.WITHDRAWN))
+        self._let_go()
 
     def open_jobs(self) -> frozenset[Job]:
         """The saves and loads that some rank has not reported and that hold slots; the fetches and writes that do, as negative numbers."""

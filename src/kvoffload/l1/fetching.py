@@ -60,6 +60,7 @@ def finished(parts: Parts, remote: Remote, message: FetchFinished) -> Slices[Non
         for slot, key in zip(reversed(transfer.slots), reversed(transfer.keys), strict=True):
             if slot not in came:
                 remote.unread.add(key, remote.now + remote.config.retry_after_s)
+                remote.on_nodes.discard(key)
                 if table.state[slot] == _FILLING:
                     fall(parts, slot, DropReason.FETCH_FAILED)
         for slot in unsettled:

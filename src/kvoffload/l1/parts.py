@@ -39,6 +39,8 @@ class L1Config:
     """A new hit is refused when more than this share of the usable slots would be protected from eviction."""
     small_ratio: float = 0.1
     """The small queue's share under S3FIFO."""
+    keeps: bool = True
+    """False: slots are for what is on its way to or from nodes, and for nothing else."""
     slice_blocks: int = 512
     """After so many blocks of one message others have their turn; that takes less than a millisecond."""
 
@@ -77,7 +79,9 @@ class Parts:
     def __init__(self, config: L1Config, capacity: int, remote: RemoteConfig | None = None) -> None:
         self.config = config
         self.generation = 0
-        self.slots = SlotTable(capacity)
+        if remote is None and not config.keeps:
+            raise ConfigError("L1 shall keep nothing, and there is no second tier: switch one of them on")
+        self.slots = SlotTable(capacity, keeps=config.keeps)
         self.index = KeyIndex()
         self.policy: EvictionPolicy = make_policy(config.policy, capacity, cast("Sequence[BlockKey]", self.slots.keys), config.small_ratio)
         self.evictor = Evictor(self.slots, self.index, self.policy)

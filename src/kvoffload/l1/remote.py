@@ -33,6 +33,10 @@ REMEMBERED = 65_536
 """Blocks that failed and are remembered, at most; behind that the oldest are forgotten."""
 
 
+ON_NODES_S = 600.0
+"""Where L1 keeps nothing, a block that was written, is being written, or was found is not written again for so long, unless its node
+says that it lacks it."""
+
 FEW = 32
 """Fewer slots than this are faster marked by a loop."""
 
@@ -146,7 +150,7 @@ class Find:
 
 
 class Recent:
-    """Keys that failed a short while ago, each until its time; at most REMEMBERED."""
+    """Keys of which something was seen a short while ago, each until its time; at most REMEMBERED."""
 
     def __init__(self) -> None:
         self._until: dict[BlockKey, float] = {}
@@ -160,6 +164,10 @@ class Recent:
         self._until[key] = until
         if len(self._until) > REMEMBERED:
             del self._until[next(iter(self._until))]
+
+    def discard(self, key: BlockKey) -> None:
+        """Forget a key, if it is remembered."""
+        self._until.pop(key, None)
 
     def has(self, key: BlockKey, now: float) -> bool:
         """Whether the key is remembered and its time has not come."""
@@ -196,6 +204,7 @@ class Remote:
         self.queued: Counter[Node] = Counter()  # blocks on their way to a node
         self.unread = Recent()
         self.unwritten = Recent()
+        self.on_nodes = Recent()  # where L1 keeps nothing: what need not be written (again)
         self.waiting: dict[str, Waiting] = {}
         self.waiters: dict[Batch, list[Waiting]] = {}  # by fetch; some may have left
         self._deadlines: list[tuple[float, int, Waiting]] = []
@@ -260,6 +269,13 @@ class Remote:
                 self.stored[slot] = what
         else:
             np.frombuffer(self.stored, dtype=np.uint8)[np.array(slots, dtype=np.intp)] = what
+
+    def has_stored(self, slots: Sequence[int], transfer: Transfer) -> None:
+        """A node has these blocks of a write: they need not be written again. (It may have said that it lacks them, while it did.)"""
+        stored, until = set(slots), self.now + ON_NODES_S
+        for slot, key in zip(transfer.slots, transfer.keys, strict=True):
+            if slot in stored:
+                self.on_nodes.add(key, until)
 
     def open_jobs(self) -> set[Job]:
         """The fetches and writes that hold slots, as numbers that no job has."""

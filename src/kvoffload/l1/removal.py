@@ -6,13 +6,16 @@ from array import array
 
 import numpy as np
 
-from kvoffload.l1.parts import Parts
+from kvoffload.l1.parts import Parts, Slices
 from kvoffload.l1.remote import STORED
 from kvoffload.l1.slots import NONE
 from kvoffload.l1.states import State
 from kvoffload.messages import DropReason
 
-_RESET = bytes.maketrans(bytes([State.FILLING, State.FILLED, State.READY]), bytes([State.DOOMED, State.FREE, State.FREE]))
+_RESET = bytes.maketrans(
+    bytes([State.FILLING, State.STAGING, State.FILLED, State.READY]), bytes([State.DOOMED, State.DOOMED, State.FREE, State.FREE])
+)
+_READY = int(State.READY)
 
 
 def fall(parts: Parts, slot: int, reason: DropReason) -> None:
@@ -47,6 +50,8 @@ def fall(parts: Parts, slot: int, reason: DropReason) -> None:
             counts.drops[DropReason.FETCH_FAILED] += 1
         else:
             counts.drops[reason if member == slot else DropReason.PARENT_FAILED] += 1
+        if table.abandoned is not None:
+            table.abandoned.append(table.parent[member])
         table.detach(member)
         if state == State.FILLING:
             table.parent[member] = NONE
@@ -58,6 +63,35 @@ def fall(parts: Parts, slot: int, reason: DropReason) -> None:
         parts.remote.has_fallen = True
 
 
+def spoil(parts: Parts, slot: int, reason: DropReason) -> None:
+    """What was to be filled for a node will not be; it may still be written, until all have reported."""
+    assert parts.remote is not None
+    parts.remote.on_nodes.discard(parts.slots.keys[slot])
+    parts.slots.keys[slot] = None
+    parts.slots.move(slot, State.DOOMED)
+    parts.counts.drops[reason] += 1
+
+
+def let_go_abandoned(parts: Parts) -> Slices[None]:
+    """Where nothing is kept: free what is READY, and which neither a pin nor a child needs any more."""
+    table = parts.slots
+    candidates, table.abandoned = table.abandoned or [], []
+    state, guard, first_child, freed = table.state, table.guard, table.first_child, 0
+    for candidate in candidates:
+        slot = candidate
+        while slot >= 0 and state[slot] == _READY and not guard[slot] and first_child[slot] < 0:
+            above = table.parent[slot]
+            parts.index.remove(table.keys[slot])
+            parts.policy.discard(slot)
+            table.detach(slot)
+            table.parent[slot] = NONE
+            table.release(slot)
+            slot = above
+            freed += 1
+            if freed % parts.config.slice_blocks == 0:
+                yield
+
+
 def reset(parts: Parts) -> None:
     """End all match leases and empty the index. What jobs write or read keeps its slots until they end.
 
@@ -65,7 +99,8 @@ def reset(parts: Parts) -> None:
     """
     parts.leases.release_all()
     table, counts = parts.slots, parts.counts
-    counts.drops[DropReason.RESET] += table.counts[State.FILLING] + table.counts[State.FILLED] - _fetched(parts)
+    being_saved = table.counts[State.FILLING] + table.counts[State.FILLED] - _fetched(parts) + table.counts[State.STAGING]
+    counts.drops[DropReason.RESET] += being_saved
     counts.invalidated += table.counts[State.READY]
     kept: dict[int, int] = {}  # protected slots and their parents, from the top of each chain down
     for load in parts.inflight.loads.values():
@@ -108,6 +143,8 @@ def quarantine(parts: Parts, rank: int) -> None:
         for slot in reversed(slots):
             if table.state[slot] == State.FILLING:
                 fall(parts, slot, DropReason.OFF)
+            elif table.state[slot] == State.STAGING:
+                spoil(parts, slot, DropReason.OFF)
         for slot in slots:
             if table.state[slot] == State.DOOMED:
                 table.move(slot, State.QUARANTINED)

@@ -7,19 +7,22 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvoffload.errors import InternalError
-from kvoffload.l1 import writing
+from kvoffload.l1 import staging, writing
 from kvoffload.l1.parts import Parts, Slices
 from kvoffload.l1.remote import UNKNOWN
-from kvoffload.l1.removal import fall
+from kvoffload.l1.removal import fall, spoil
 from kvoffload.l1.slots import NONE
 from kvoffload.l1.states import State
 from kvoffload.messages import BlockKey, BlocksFilled, DropReason, ParentMissing, ReserveSlots, SaveRun, SlotGrant
 
 _FREE, _FILLING, _FILLED, _READY = int(State.FREE), int(State.FILLING), int(State.FILLED), int(State.READY)
+_STAGING = int(State.STAGING)
 
 
 def reserve(parts: Parts, message: ReserveSlots) -> Slices[tuple[SlotGrant, ParentMissing | None]]:
     """Grant a slot to every block of every run that is not in the index, as far as its parents are and slots can be had."""
+    if not parts.config.keeps:
+        return staging.reserve(parts, message), None
     index, drops = parts.index, parts.counts.drops
     missing: dict[str, None] = {}
     short: set[str] = set()
@@ -110,7 +113,7 @@ def occupy(parts: Parts, chain: Sequence[BlockKey], parent: int) -> list[int]:
     table, shards = parts.slots, parts.index.shards
     wanted = len(chain)
     got = table.take(wanted)
-    if len(got) < wanted:
+    if len(got) < wanted and parts.config.keeps:
         # The new child counts on its parent before anything is evicted for it.
         if parent >= 0:
             table.guard[parent] += 1
@@ -162,10 +165,14 @@ def filled(parts: Parts, message: BlocksFilled) -> Slices[None]:
         _check_report(message, save.slots)
         failed = set(message.failed)
         for slot in reversed(save.slots):  # children first, so that each is counted for its own reason
-            if slot in failed and parts.slots.state[slot] == _FILLING:
+            if slot not in failed:
+                continue
+            if parts.slots.state[slot] == _FILLING:
                 fall(parts, slot, message.reason or DropReason.COPY_FAILED)
+            elif parts.slots.state[slot] == _STAGING:
+                spoil(parts, slot, message.reason or DropReason.COPY_FAILED)
     if not save.unreported:
-        yield from commit(parts, save.slots)
+        yield from commit(parts, save.slots) if parts.config.keeps else staging.pass_on(parts, save.slots)
 
 
 def commit(parts: Parts, slots: Sequence[int]) -> Slices[None]:
@@ -182,6 +189,8 @@ def commit(parts: Parts, slots: Sequence[int]) -> Slices[None]:
         if at:
             yield
         parts.policy.admit(piece)
+    if table.abandoned is not None:
+        table.abandoned += ready  # unless somebody who waited takes them now
     saved = len(ready) if parts.remote is None else (yield from writing.on_commit(parts, parts.remote, ready))
     parts.counts.committed += saved
 

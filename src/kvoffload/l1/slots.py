@@ -30,6 +30,7 @@ class SlotTable:
     """
 
     __slots__ = (
+        "abandoned",
         "capacity",
         "counts",
         "first_child",
@@ -46,8 +47,10 @@ class SlotTable:
         "usable",
     )
 
-    def __init__(self, capacity: int) -> None:
+    def __init__(self, capacity: int, *, keeps: bool = True) -> None:
         self.capacity = capacity
+        # Where nothing is kept: READY slots that may have lost what kept them; None where everything is kept.
+        self.abandoned: list[int] | None = None if keeps else []
         self.usable = 0
         self.fresh = 0  # slots from here to ``usable`` were never used: growing costs nothing per slot
         self.free: array[int] = array("i")  # used before, and FREE: a stack
@@ -78,7 +81,7 @@ class SlotTable:
         """Up to ``count`` FREE slots, no longer in the free list; the caller sets their state and the counts."""
         taken: list[int] = []
         free = self.free
-        if free:
+        if free and count:
             taken = free[-count:].tolist()
             del free[-count:]
             taken.reverse()
@@ -209,6 +212,8 @@ class SlotTable:
             if guards:
                 break
             no_longer += 1
+            if self.abandoned is not None:
+                self.abandoned.append(slot)
             above = parent[slot]
             if state[slot] == _CONDEMNED:
                 self.detach(slot)

@@ -25,16 +25,20 @@ class State(IntEnum):
     child, children first, and not before that write has ended."""
     QUARANTINED = 6
     """Something may be writing it and will not report as it should: freed when that is known to have stopped, or its process to be gone."""
+    STAGING = 7
+    """As FILLING, where L1 keeps nothing: for a node alone, so it is not in the index."""
 
 
 TRANSITIONS: Mapping[State, frozenset[State]] = MappingProxyType(
     {
         # granted
-        State.FREE: frozenset({State.FILLING}),
+        State.FREE: frozenset({State.FILLING, State.STAGING}),
         # filled by all (READY when its parent is, else FILLED); failed, fallen with its parent, or reset; its rank was lost
         State.FILLING: frozenset({State.FILLED, State.READY, State.DOOMED}),
         # its parent became READY; its parent fell, or reset
         State.FILLED: frozenset({State.READY, State.FREE}),
+        # filled by all, no node takes it; is being written; reset, or failed; its rank was lost
+        State.STAGING: frozenset({State.FREE, State.CONDEMNED, State.DOOMED}),
         # evicted, failed to load or reset; the same under a pin or a write
         State.READY: frozenset({State.FREE, State.CONDEMNED}),
         # all that may write it have reported; a rank that has not was lost, or a fetch is not known to have stopped

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from kvoffload.errors import InternalError
-from kvoffload.l1 import fetching, matching
+from kvoffload.l1 import fetching, matching, staging
 from kvoffload.l1.effects import ToPrefetcher, ToScheduler
 from kvoffload.l1.parts import Parts, Slices
 from kvoffload.l1.remote import ABSENT, THERE, Find, Reading, Remote, Waiting, in_batches
@@ -54,6 +54,8 @@ def found(parts: Parts, remote: Remote, message: BlocksFound) -> Slices[None]:
         raise InternalError(f"node {message.node} answered question {message.batch}, which it was not asked, or not about so many blocks")
     remote.counts.found += sum(message.found)
     waiting = find.waiting
+    if message.found and not parts.config.keeps:
+        staging.seen(remote, [waiting.message.keys[waiting.start + place] for place in find.places], message.found)
     if not remote.is_waiting(waiting) or waiting.fetch is not None:
         return
     known: Sequence[bool] = message.found or (False,) * len(find.places)

@@ -51,7 +51,7 @@ def look_ahead(parts: Parts, remote: Remote) -> None:
         return
     stored = remote.stored
     named = [slot for slot in parts.policy.peek(AHEAD) if not stored[slot]]
-    _offer(parts, remote, _not_tried(parts, remote, named)[:most])
+    offer(parts, remote, _not_tried(parts, remote, named)[:most])
 
 
 def finished(parts: Parts, remote: Remote, message: WriteFinished) -> None:
@@ -62,6 +62,8 @@ def finished(parts: Parts, remote: Remote, message: WriteFinished) -> None:
         del remote.queued[message.node]
     remote.counts.written += len(message.stored)
     remote.counts.write_failed += len(message.failed) + len(message.unsettled)
+    if not parts.config.keeps:
+        remote.has_stored(message.stored, transfer)
     if len(message.stored) == len(transfer.slots):
         remote.mark(transfer.slots, STORED)
         parts.slots.let_go_all(transfer.slots)
@@ -70,6 +72,7 @@ def finished(parts: Parts, remote: Remote, message: WriteFinished) -> None:
     for slot, key in zip(transfer.slots, transfer.keys, strict=True):
         if slot not in written:
             remote.unwritten.add(key, remote.now + remote.config.retry_after_s)
+            remote.on_nodes.discard(key)
         if slot not in unsettled:
             remote.stored[slot] = STORED if slot in written else UNKNOWN
             parts.slots.let_go(slot)
@@ -99,10 +102,11 @@ def _write(parts: Parts, remote: Remote, slots: Sequence[int]) -> Slices[None]:
     for at, piece in enumerate(parts.sliced(slots)):
         if at:
             yield
-        _offer(parts, remote, piece)
+        offer(parts, remote, piece)
 
 
-def _offer(parts: Parts, remote: Remote, slots: Sequence[int]) -> None:
+def offer(parts: Parts, remote: Remote, slots: Sequence[int]) -> None:
+    """Offer so few to the writers of their nodes; those that are taken are held."""
     if not slots or remote.ring is None:
         return
     table, config, counts = parts.slots, remote.config, remote.counts

@@ -47,6 +47,8 @@ log = get_logger("hub")
 
 WRITING_SHARE = 0.25
 """Of L1, that may wait to be written: those slots cannot be evicted, and a node that is slow must not cost L1 its use."""
+STAGING_SHARE = 0.5
+"""The same where L1 keeps nothing, from the grant of a slot on: the other half is for loads."""
 DRAIN_S = 1.5
 """For what is on its way to the second tier when everything ends."""
 POSTS = 4096
@@ -99,7 +101,8 @@ class HubRuntime:
         posts, reports = sender.threadsafe(), sender.threadsafe()
         sender.close()
         l2 = self._second_tier(shared) if shared is not None and self._config.l2.backend != "off" else None
-        config = L1Config(ranks=len(ranks), policy=self._config.l1.policy)
+        # Without either the connector goes off below, and L1 has nothing to do.
+        config = L1Config(ranks=len(ranks), policy=self._config.l1.policy, keeps=self._config.l1.enabled or l2 is None)
         if l2 is None or shared is None:
             core = L1Core(config, slots)
             manager = L1Manager(core, receiver, self._to_rank, self._on_answer, time.monotonic)
@@ -118,6 +121,8 @@ class HubRuntime:
             if self._early_reset is not None:
                 posts.owe(self._early_reset)
             self._opened = _Opened(tuple(ranks), heartbeat, posts, reports, core, manager, l2)
+        if l2 is None:
+            self._check_l1("blocks must stay in this engine" if shared is None else "L2 could not be started")
 
     def _second_tier(self, shared: Shared) -> L2Runtime | None:
         try:
@@ -142,7 +147,7 @@ class HubRuntime:
             block_bytes=shared.block_bytes,
             load_or_compute=LoadOrCompute() if settings.load_or_compute else None,
             write_queue_blocks=settings.write_queue_blocks,
-            max_writing_share=WRITING_SHARE,
+            max_writing_share=WRITING_SHARE if self._config.l1.enabled else STAGING_SHARE,
         )
 
     async def run(self) -> None:
@@ -176,10 +181,17 @@ class HubRuntime:
         except UnsupportedError as error:
             log.error("L2 off: blocks stay in this engine", reason=str(error))
             self._forget_nodes()
+            self._check_l1(str(error))
 
     def _lose_second_tier(self, child: str, error: BaseException) -> None:
         log.error("L2 off: blocks stay in this engine", reason=repr(error))
         self._forget_nodes()
+        self._check_l1(repr(error))
+
+    def _check_l1(self, reason: str) -> None:
+        """There is no second tier: without L1 there is nothing."""
+        if not self._config.l1.enabled:
+            self.turn_off(f"l1.enabled is false, and there is no L2: {reason}")
 
     def _forget_nodes(self) -> None:
         """L1 asks nobody any more."""

@@ -48,6 +48,11 @@ class Ghosts:
         if now > _FOREVER - (1 << 24):  # the numbers run out: begin again, knowing nothing
             self.clear()
 
+    @property
+    def has_any(self) -> bool:
+        """Whether there may be some: nothing was evicted yet otherwise."""
+        return self._now > 0
+
     def pop(self, digest: int) -> bool:
         """Whether the key with this hash was among the last ``bound`` evicted, and has not been popped since."""
         at = digest & self.mask

@@ -58,15 +58,16 @@ class S3FIFO:
     def admit(self, slots: Iterable[int]) -> None:
         after, before, heat, keys = self._after, self._before, self._heat, self._keys
         ghosts = self.ghosts
-        table, mask = ghosts.table, ghosts.mask
+        table, mask, has_any = ghosts.table, ghosts.mask, ghosts.has_any
         head = self._head
         last = before[head]
         count = 0
         for slot in slots:
-            digest = hash(keys[slot])
-            if table[digest & mask] == digest >> 32 and ghosts.pop(digest):
-                self._into_main(slot)
-                continue
+            if has_any:  # a look at the table is a cache miss, or its page's first use
+                digest = hash(keys[slot])
+                if table[digest & mask] == digest >> 32 and ghosts.pop(digest):
+                    self._into_main(slot)
+                    continue
             after[last] = slot
             before[slot] = last
             last = slot
