@@ -35,6 +35,7 @@ class Liar:
     def __init__(self) -> None:
         self.store: dict[bytes, bytes] = {}
         self.puts: list[bytes] = []
+        self.gets: list[bytes] = []
         self.arrivals: list[bytes] = []
         """What each read of the socket gave, at most 64 KiB: as much as the real server reads at a time."""
         self.connections = 0
@@ -85,6 +86,7 @@ class Liar:
             return await self.tell(b"", struct.pack("<ii", wire.Code.FINISHED, count), writer)
         key = bytes(table.String(table.Offset(4) + table.Pos))
         if table.Get(number_types.Int8Flags, table.Offset(8) + table.Pos) == wire.GET[0]:
+            self.gets.append(key)
             return await self.on_get(key, answer_of(self.store[key]) if key in self.store else code(wire.Code.ABSENT), writer)
         size = table.Get(number_types.Int32Flags, table.Offset(6) + table.Pos)
         self.puts.append(key)

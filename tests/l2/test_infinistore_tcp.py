@@ -6,11 +6,11 @@ What every node must do is in `tests/contracts`.
 from __future__ import annotations
 
 import asyncio
-import mmap
 import socket
 import struct
 import threading
 import time
+import zlib
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
@@ -79,6 +79,62 @@ async def test_a_block_whose_value_was_evicted_can_be_written_again(infinistore_
         assert [bytes(item.buffer) for item in items] == [value_of(name, 5000) for name in wanted]
 
 
+LONG = 4 * MIB + 64
+"""Of three parts."""
+
+
+async def test_a_long_value_is_in_parts(infinistore_shared: InfiniStoreServer) -> None:
+    wanted = ["a", "b"]
+    async with node_at(infinistore_shared.port) as node:
+        assert await node.write(full(wanted, LONG), soon()) == [DONE, DONE]
+        items = empty(wanted, LONG)
+        assert await node.read(items, soon()) == [DONE, DONE]
+        assert [bytes(item.buffer) for item in items] == [value_of(name, LONG) for name in wanted]
+        assert await node.read(empty(wanted, LONG - 1), soon()) == [MALFORMED, MALFORMED]
+    assert infinistore_shared.stored() == 2 * 4
+    with raw.connect(infinistore_shared) as connection:
+        for name in wanted:
+            pointer = wire.parse_pointer(raw.value_of(connection, name) or b"")
+            assert pointer is not None
+            parts = [raw.value_of(connection, key.decode()) for key in pointer.keys(name.encode())]
+            assert [len(part or b"") for part in parts[:-1]] == [pointer.part_bytes] * 2
+            assert b"".join(part or b"" for part in parts) == value_of(name, LONG)
+
+
+@pytest.mark.parametrize("part", range(3))
+async def test_a_value_one_part_of_which_was_evicted_is_absent_and_can_be_written_again(
+    infinistore_shared: InfiniStoreServer, part: int
+) -> None:
+    async with node_at(infinistore_shared.port) as node:
+        wanted = ["a", "b", "c"]
+        assert await node.write(full(wanted, LONG), soon()) == [DONE] * 3
+        with raw.connect(infinistore_shared) as connection:
+            pointer = wire.parse_pointer(raw.value_of(connection, "b") or b"")
+            assert pointer is not None
+            connection.sendall(raw.delete([wire.value_key(b"b", pointer.nonce, part).decode()]))
+            assert raw.numbers(connection, 2) == [raw.STORED, 1]
+        assert await node.read(empty(wanted, LONG), soon()) == [DONE, ABSENT, DONE]
+        assert await node.find(wanted, soon()) == [True, False, True]
+        assert await node.write(full(wanted, LONG), soon()) == [DONE] * 3
+        items = empty(wanted, LONG)
+        assert await node.read(items, soon()) == [DONE] * 3
+        assert [bytes(item.buffer) for item in items] == [value_of(name, LONG) for name in wanted]
+
+
+async def test_parts_of_another_length_than_ours_are_read(infinistore_shared: InfiniStoreServer) -> None:
+    (nonce,) = wire.new_nonces(1)
+    value, part_bytes = value_of("a", 100_000), 7000
+    with raw.connect(infinistore_shared) as connection:
+        for part, start in enumerate(range(0, len(value), part_bytes)):
+            key = wire.value_key(b"a", nonce, part).decode()
+            assert raw.stored(connection, key, value[start : start + part_bytes]) == raw.STORED
+        assert raw.stored(connection, "a", wire.pack_pointer(nonce, len(value), part_bytes)) == raw.STORED
+    async with node_at(infinistore_shared.port) as node:
+        items = empty(["a"], len(value))
+        assert await node.read(items, soon()) == [DONE]
+        assert bytes(items[0].buffer) == value
+
+
 @pytest.mark.parametrize("junk", [b"x", b"x" * wire.POINTER.size, b"x" * 100_000, wire.pack_pointer(b"0" * 16, 4999)])
 async def test_what_is_no_pointer_of_ours_is_malformed(infinistore_shared: InfiniStoreServer, junk: bytes) -> None:
     with raw.connect(infinistore_shared) as connection:
@@ -88,15 +144,18 @@ async def test_what_is_no_pointer_of_ours_is_malformed(infinistore_shared: Infin
         assert await node.read(empty(["a", "junk", "b"], 5000), soon()) == [DONE, MALFORMED, DONE]
 
 
-async def test_a_value_that_does_not_fit_is_full_and_reads_go_on(infinistore_shared: InfiniStoreServer) -> None:
-    huge = mmap.mmap(-1, 1300 * MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # never touched: all of it is the page of zeroes
-    async with node_at(infinistore_shared.port) as node:
-        assert await node.write(full(["a"], 5000), soon()) == [DONE]
-        with memoryview(huge) as buffer:
-            assert await node.write([Item("huge", buffer.toreadonly())], soon()) == [FULL]
-        assert await node.read(empty(["a", "huge"], 5000), soon()) == [DONE, ABSENT]
-        assert await node.write(full(["b"], 5000), soon()) == [DONE]
-    huge.close()
+async def test_a_value_that_does_not_fit_is_full_and_reads_go_on(infinistore_server: InfiniStoreServer) -> None:
+    """What is put in part is never evicted: one such put fills the pool, but for less than a part."""
+    async with node_at(infinistore_server.port) as node:
+        with raw.connect(infinistore_server) as connection:
+            connection.sendall(raw.request(b"L", raw.payload("half", (1 << 30) - MIB, "P")) + b"the value's first bytes")
+            assert await eventually_found(node, "half", 10.0)
+            assert await node.write(full(["large", "a"], 3 * MIB), soon()) == [FULL, FULL]
+            assert await node.find(["large", "a"], soon()) == [False, False]
+            assert await node.read(empty(["large"], 3 * MIB), soon()) == [ABSENT]
+        infinistore_server.purge()
+        assert await node.write(full(["large", "a"], 3 * MIB), soon()) == [DONE, DONE]
+        assert await node.read(empty(["large", "a"], 3 * MIB), soon()) == [DONE, DONE]
 
 
 async def test_a_late_write_gives_its_memory_back_and_is_finished(infinistore_shared: InfiniStoreServer) -> None:
@@ -420,6 +479,125 @@ async def test_a_late_write_sends_what_it_had_and_not_what_is_in_the_buffer_now(
         back = empty(["c"], size)
         assert await node.read(back, soon()) == [DONE]
         assert bytes(back[0].buffer) == expected[0]
+
+
+# ---------------------------------------------------------------- parts
+
+
+@pytest.mark.parametrize("size", [wire.MOST_PART_BYTES, wire.MOST_PART_BYTES + 1, 9 * MIB + 1])
+async def test_nothing_longer_than_a_part_is_put_or_got(size: int) -> None:
+    async with liar() as server, node_at(server.port) as node:
+        assert await node.write(full(["a", "b"], size), soon()) == [DONE] * 2
+        assert await node.read(empty(["a", "b"], size), soon()) == [DONE] * 2
+        count = -(-size // wire.MOST_PART_BYTES)
+        assert [key for key in server.puts if not is_value(key)] == [b"a", b"b"]
+        assert len(server.puts) == len(server.gets) == 2 * (count + 1)
+        assert sum(map(len, server.store.values())) == 2 * (size + wire.POINTER.size)
+        assert max(map(len, server.store.values())) <= wire.MOST_PART_BYTES
+
+
+@pytest.mark.parametrize("part_bytes", [0, wire.MOST_PART_BYTES + 1, 1 << 40, 1 << 63])
+async def test_a_pointer_to_longer_parts_is_not_followed(part_bytes: int) -> None:
+    async with liar() as server, node_at(server.port) as node:
+        assert await node.write(full(["b"], 3000), soon()) == [DONE]
+        checked = struct.pack("<8sQ16sQ", wire.POINTER_MAGIC, 9 * MIB, b"0" * wire.NONCE_BYTES, part_bytes)
+        server.store[b"a"] = checked + zlib.crc32(checked).to_bytes(8, "little")
+        assert await node.read(empty(["a"], 9 * MIB), soon()) == [MALFORMED]
+        assert server.gets == [b"a"]
+        await reads_again(node, ["b"])
+
+
+@pytest.mark.parametrize("change", [-1, 1, 70_000])
+async def test_a_part_of_another_length_is_read_to_its_end(change: int) -> None:
+    async with liar() as server, node_at(server.port) as node:
+        assert await node.write(full(["a", "b"], LONG), soon()) == [DONE] * 2
+
+        async def lie(key: bytes, answer: bytes, writer: asyncio.StreamWriter) -> bool:
+            value = answer[8:]
+            changed = key.startswith(b"a:") and key.endswith(b"0001")
+            return await server.tell(key, answer_of((value * 2)[: len(value) + change]) if changed else answer, writer)
+
+        server.on_get = lie
+        assert await node.read(empty(["a", "b"], LONG), soon()) == [MALFORMED, DONE]
+        assert server.connections == 1
+
+
+@pytest.mark.parametrize("part", range(3))
+async def test_a_read_late_at_any_part_is_drained_and_goes_no_further(part: int) -> None:
+    async with liar() as server, node_at(server.port) as node:
+        assert await node.write(full(["a"], LONG), soon()) == [DONE]
+        late = asyncio.Event()
+
+        async def wait(key: bytes, answer: bytes, writer: asyncio.StreamWriter) -> bool:
+            if key.endswith(b"%04x" % part):
+                writer.write(answer[:1000])
+                await late.wait()
+                answer = answer[1000:]
+            return await server.tell(key, answer, writer)
+
+        server.on_get = wait
+        items = empty(["a"], LONG)
+        assert await node.read(items, soon(0.3)) == [LATE]
+        paint(items)
+        late.set()
+        assert await node.find(["a"], soon()) == [True]
+        assert is_painted(items)
+        assert len(server.gets) == 1 + part + 1
+        await reads_again(node, ["a"], LONG)
+        assert (server.connections, server.hung_up) == (1, 0)
+
+
+@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("where", ["in it", "behind it"])
+async def test_a_write_late_at_any_part_is_finished_with_what_it_had(part: int, where: str) -> None:
+    async with liar() as server, node_at(server.port) as node:
+        size = 3 * wire.MOST_PART_BYTES
+        items = full(["a", "b"], size)
+        expected = bytes(items[0].buffer)
+        go_on = asyncio.Event()
+
+        async def wait(key: bytes, answer: bytes, writer: asyncio.StreamWriter) -> bool:
+            if where == "behind it" and key.endswith(b"%04x" % part):
+                await go_on.wait()
+            elif where == "in it" and key.endswith(b"%04x" % (part - 1)):
+                server.may_read.clear()
+            return await server.tell(key, answer, writer)
+
+        async def stop(key: bytes, answer: bytes, writer: asyncio.StreamWriter) -> bool:
+            if where == "in it" and part == 0 and key == b"b":
+                server.may_read.clear()
+            return await server.tell(key, answer, writer)
+
+        server.on_put, server.on_exist = wait, stop
+        assert await node.write(items, soon(0.5)) == [LATE, LATE]
+        assert b"a" not in server.store
+        paint(items)
+        server.on_put = server.on_exist = server.tell
+        go_on.set()
+        server.may_read.set()
+        assert await node.find(["a", "b"], soon()) == [True, False]
+        assert is_painted(items)
+        back = empty(["a"], size)
+        assert await node.read(back, soon()) == [DONE]
+        assert bytes(back[0].buffer) == expected
+
+
+@pytest.mark.parametrize("part", range(3))
+async def test_a_value_one_part_of_which_was_refused_has_no_pointer(part: int) -> None:
+    async with liar() as server, node_at(server.port) as node:
+
+        async def refuse(key: bytes, answer: bytes, writer: asyncio.StreamWriter) -> bool:
+            if not (key.startswith(b"b:") and key.endswith(b"%04x" % part)):
+                return await server.tell(key, answer, writer)
+            await server.tell(key, code(wire.Code.FULL), writer)
+            return False
+
+        server.on_put = refuse
+        assert await node.write(full(["a", "b", "c"], LONG), soon()) == [DONE, FULL, FULL]
+        assert b"a" in server.store
+        assert b"b" not in server.store
+        server.on_put = server.tell
+        await reads_again(node, ["a"], LONG)
 
 
 # ---------------------------------------------------------------- connecting

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import string
+import struct
+import zlib
 
 import flatbuffers
 import numpy as np
@@ -65,7 +67,7 @@ def is_pointer_to_the_loops(data: bytes) -> bool:
 def test_a_pointer_and_every_byte_of_it_changed(value_bytes: int, place: int, change: int) -> None:
     (nonce,) = wire.new_nonces(1)
     data = bytearray(wire.pack_pointer(nonce, value_bytes))
-    assert wire.parse_pointer(bytes(data)) == wire.Pointer(nonce, value_bytes)
+    assert wire.parse_pointer(bytes(data)) == wire.Pointer(nonce, value_bytes, wire.part_bytes_of(value_bytes))
     assert is_pointer_to_the_loops(bytes(data))
     data[place] ^= change
     assert wire.parse_pointer(bytes(data)) is None
@@ -77,6 +79,37 @@ def test_a_pointer_and_every_byte_of_it_changed(value_bytes: int, place: int, ch
 )
 def test_no_pointer(data: bytes) -> None:
     assert wire.parse_pointer(data) is None
+
+
+@pytest.mark.parametrize(
+    ("value_bytes", "part_bytes"), [(5, 0), (5, wire.MOST_PART_BYTES + 1), (5, 1 << 63), (wire.MOST_PARTS + 1, 1), (1 << 62, 1 << 20)]
+)
+def test_a_pointer_to_parts_that_cannot_be_read(value_bytes: int, part_bytes: int) -> None:
+    checked = struct.pack("<8sQ16sQ", wire.POINTER_MAGIC, value_bytes, b"0" * wire.NONCE_BYTES, part_bytes)
+    data = checked + zlib.crc32(checked).to_bytes(8, "little")
+    assert wire.parse_pointer(data) is None
+    cells = np.frombuffer(data, np.int64).reshape(1, -1)
+    assert native._check_pointer(cells, 0)
+    assert not native._may_follow(cells, 0)
+
+
+@given(st.integers(1, wire.MOST_VALUE_BYTES))
+def test_parts_are_few_and_waste_no_memory(value_bytes: int) -> None:
+    part_bytes = wire.part_bytes_of(value_bytes)
+    assert 0 < part_bytes <= wire.MOST_PART_BYTES
+    assert part_bytes % wire.PART_UNIT_BYTES == 0
+    count = -(-value_bytes // part_bytes)
+    assert count == -(-value_bytes // wire.MOST_PART_BYTES) <= wire.MOST_PARTS
+    assert len(wire.Pointer(b"0" * 16, value_bytes, part_bytes).keys(b"name")) == count
+
+
+@given(st.binary(min_size=1, max_size=20), st.integers(0, wire.MOST_PARTS - 1))
+def test_the_loops_name_parts_as_we_do(name: bytes, part: int) -> None:
+    (nonce,) = wire.new_nonces(1)
+    arena = np.frombuffer(bytearray(name + b":" + bytes(wire.NONCE_BYTES + wire.PART_DIGITS)), np.uint8)
+    cells = np.frombuffer(wire.pack_pointer(nonce, 5), np.int64).reshape(1, -1)
+    native._name_part(arena, len(name) + 1, cells, 0, part)
+    assert arena.tobytes() == wire.value_key(name, nonce, part)
 
 
 def test_nonces_differ() -> None:

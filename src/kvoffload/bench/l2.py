@@ -17,12 +17,12 @@ NO_SERVER = "it needs a real server: kvoffload bench l2 --infinistore HOST:PORT"
 
 
 def run(quick: bool = False, infinistore: InfiniStore | None = None) -> Iterator[Figure]:
-    """All figures. ``infinistore`` is a server that nobody needs: 4 MiB values may freeze it, whoever's client reads them."""
+    """All figures. ``infinistore``: a server that nobody needs; the native client does not cut values, and may freeze it with 4 MiB."""
     yield from l2_envelope.measure(quick=quick)
     yield from l2_loop.run(infinistore, quick=quick)
     if infinistore is not None:
         yield from asyncio.run(l2_busy.measure(infinistore, quick=quick))
-        yield from asyncio.run(l2_transfers.measure(infinistore, quick=quick))  # its largest values may freeze the server
+        yield from asyncio.run(l2_transfers.measure(infinistore, quick=quick))  # the native client's largest values may freeze the server
     else:
         yield not_measured("l2: transfers to and from InfiniStore", "several", NO_SERVER)
         yield not_measured("l2: transfers beside a busy engine", "no target", NO_SERVER)

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from kvoffload.errors import PeerError
 from kvoffload.l2.addresses import host_port, static_nodes
-from kvoffload.l2.infinistore_wire import GET, POINTER, PUT, Code, delete_request, parse_pointer, payload_template, value_key
+from kvoffload.l2.infinistore_wire import GET, POINTER, PUT, Code, delete_request, parse_pointer, payload_template
 
 HERE = Path(__file__).parent
 ANSWER_S = 60.0
@@ -192,7 +192,7 @@ class PlainClient:
             if code != Code.FINISHED:
                 continue
             pointer = parse_pointer(await self._receive(size)) if size == POINTER.size else None
-            keys += (name.encode(), *([value_key(name.encode(), pointer.nonce)] if pointer is not None else ()))
+            keys += (name.encode(), *(pointer.keys(name.encode()) if pointer is not None else ()))
         await self.delete(keys)
 
     async def delete(self, keys: Sequence[bytes]) -> None:

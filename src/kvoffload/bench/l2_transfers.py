@@ -22,8 +22,6 @@ from kvoffload.l2.node import Item, Outcome, value_name
 
 NATIVE_TARGET, VALUE_TARGET, RAW_TARGET, SMALL_TARGET_US = 0.9, 1.0, 0.75, 200.0
 SIZES = (256 << 10, 1 << 20, 2 << 20, 4 << 20)
-MOST_SHARED_BYTES = 2 << 20
-"""Of larger values several connections at work freeze the server, whoever's client they belong to; one connection has not been seen to."""
 SMALL_BYTES = 4096
 TIMEOUT_S = 60.0
 
@@ -107,7 +105,7 @@ class Bench:
     async def __aenter__(self) -> Bench:
         stack = self._stack
         self._single = await self._client(1)
-        self._shared = await self._client(L2Settings().connections) if self._size <= MOST_SHARED_BYTES else None
+        self._shared = await self._client(L2Settings().connections)
         self._plain = stack.enter_context(closing(await PlainClient.connect(self._server)))
         self._raw = stack.enter_context(RawSocket(self._size))
         return self
@@ -123,25 +121,25 @@ class Bench:
     async def round(self, number: int) -> None:
         """The first one warms up and is not counted; every second one goes the other way round."""
         times, tag = self.times, f"kvo1:bench-{secrets.token_hex(4)}"
-        names = {client: self._names() for client in (self._single, self._shared) if client is not None}
+        names = {client: self._names() for client in (self._single, self._shared)}
         single, shared, native, count = self._single, self._shared, self._native, self.times.count
         mine = names[single]
         parts: list[tuple[list[float], Callable[[], Awaitable[float]]]]
-        parts = [(times.writes, partial(self._write, single, mine))]
+        parts = [
+            (times.writes, partial(self._write, single, mine)),
+            (times.shared_writes, partial(self._write, shared, names[shared])),
+        ]
         if native is not None:
             parts.append((times.native_writes, partial(_called, native.put, tag, self._size, count)))
-        if shared is not None:
-            parts.append((times.shared_writes, partial(self._write, shared, names[shared])))
         await self._run(parts, number)
         parts = [
             (times.reads, partial(self._read, single, mine)),
             (times.pointers, partial(self._read, single, mine, stop_at_pointer=True)),
+            (times.shared_reads, partial(self._read, shared, names[shared])),
             (times.raw_reads, partial(_called, self._raw.read, self._places)),
         ]
         if native is not None:
             parts.append((times.native_reads, partial(_called, native.get, tag, self._size, count)))
-        if shared is not None:
-            parts.append((times.shared_reads, partial(self._read, shared, names[shared])))
         await self._run(parts, number)
         for theirs in names.values():
             await self._plain.forget(theirs)
@@ -219,11 +217,10 @@ def _figures(size: int, times: Times | None, reason: str) -> list[Figure]:
     rows.append((f"{reads}, without pointers: ours / native", VALUE_TARGET, t.native_reads, values, f"{one}; {native}"))
     rows.append((f"{reads}: ours / raw socket", RAW_TARGET, t.raw_reads, t.reads, f"pointers included, {one}; the raw socket"))
     rows.append((f"{writes}: ours / native", NATIVE_TARGET, t.native_writes, t.writes, f"pointers included, {one}; {native}"))
-    if size <= MOST_SHARED_BYTES:
-        connections = L2Settings().connections
-        rows.append((f"{reads}: ours, {connections} connections / native", None, t.native_reads, t.shared_reads, native))
-        rows.append((f"{reads}: ours, {connections} connections / raw socket", None, t.raw_reads, t.shared_reads, "the raw socket"))
-        rows.append((f"{writes}: ours, {connections} connections / native", None, t.native_writes, t.shared_writes, native))
+    connections = L2Settings().connections
+    rows.append((f"{reads}: ours, {connections} connections / native", None, t.native_reads, t.shared_reads, native))
+    rows.append((f"{reads}: ours, {connections} connections / raw socket", None, t.raw_reads, t.shared_reads, "the raw socket"))
+    rows.append((f"{writes}: ours, {connections} connections / native", None, t.native_writes, t.shared_writes, native))
     return [_figure(size, t.count, reason, *row) for row in rows]
 
 

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from queue import SimpleQueue
 
-from kvoffload.l2 import infinistore_native as native
+from kvoffload.l2 import infinistore_socket as wired
 from kvoffload.l2.infinistore_transfers import Transfer
 from kvoffload.observe.logs import get_logger
 
@@ -103,20 +103,20 @@ class Lane:
         try:
             status = self._attempt(transfer)
         except BaseException as bug:
-            transfer.error, status = bug, native.CLOSED
+            transfer.error, status = bug, wired.CLOSED
         released: Transfer | None = transfer
-        if status in (native.OK, native.EXPIRED) and transfer.is_unfinished:
+        if status in (wired.OK, wired.EXPIRED) and transfer.is_unfinished:
             self._report(Report(self, released=transfer))
             released = None
             status = self._finish(transfer)
-        if status not in (native.OK, native.EXPIRED):
+        if status not in (wired.OK, wired.EXPIRED):
             self._drop()
         is_open = self._socket is not None
         self._report(Report(self, released=released, is_idle=True, is_open=is_open, has_failed=was_new and not is_open))
 
     def _attempt(self, transfer: Transfer) -> int:
         """Over the connection that there is, or a new one; if that there is has gone stale meanwhile, over a new one."""
-        is_claimed, status = False, native.CLOSED
+        is_claimed, status = False, wired.CLOSED
         for is_last in (self._socket is None, True):
             if self._socket is None:
                 try:
@@ -124,33 +124,33 @@ class Lane:
                 except (OSError, UnicodeError) as error:
                     transfer.trouble = f"cannot connect: {_words(error)}"
                     if is_claimed or transfer.claim():
-                        transfer.conclude(native.CLOSED)
-                    return native.CLOSED
+                        transfer.conclude(wired.CLOSED)
+                    return wired.CLOSED
             is_claimed = is_claimed or transfer.claim()
             if not is_claimed:
-                return native.OK
+                return wired.OK
             left_s = transfer.deadline - self._clock()
             status = transfer.run(self._socket.fileno(), time.monotonic_ns() + int(left_s * _NS))
-            if status != native.STALE:
+            if status != wired.STALE:
                 break
             self._drop()
             if is_last:
                 transfer.trouble = "it hung up at once, or spoke first: is this the data port of an InfiniStore server?"
-                transfer.conclude(native.CLOSED)
+                transfer.conclude(wired.CLOSED)
                 break
         return status
 
     def _finish(self, transfer: Transfer) -> int:
         """Until the server owes nothing: see `Transfer` for why. A server may be frozen for long and be well afterwards."""
         assert self._socket is not None
-        status = native.EXPIRED
-        while status == native.EXPIRED and time.monotonic() < self._give_up_at:
+        status = wired.EXPIRED
+        while status == wired.EXPIRED and time.monotonic() < self._give_up_at:
             try:
                 status = transfer.finish(self._socket.fileno(), time.monotonic_ns() + _FINISH_ROUND_NS)
             except BaseException as bug:  # nobody waits for it any more
                 log.exception("could not finish a transfer", error=str(bug))
-                return native.CLOSED
-        return native.CLOSED if status == native.EXPIRED else status
+                return wired.CLOSED
+        return wired.CLOSED if status == wired.EXPIRED else status
 
     def _drop(self) -> None:
         connection, self._socket = self._socket, None

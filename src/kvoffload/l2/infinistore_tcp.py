@@ -5,7 +5,8 @@ What the real server (0.2.35) makes us do:
 
 - A value is put once, under ``<name>:<nonce>``, and then a pointer to it under ``<name>``, in one send. The server shows a key from
   the first byte of its value on, and dies when somebody reads or deletes it before the last.
-- A connection is kept until all its answers have been read, however late they come: see `kvoffload.l2.infinistore_native`. An
+- A value is put in parts of at most 2 MiB, each under a key of its own: of longer answers the server may freeze.
+- A connection is kept until all its answers have been read, however late they come: see `kvoffload.l2.infinistore_socket`. An
   engine that is killed in the middle of a read may take the node along; nothing here can prevent that.
 - Nothing is sent behind a get that has not been answered whole: the server would answer that get for ever.
 - A name whose pointer exists is not written again: a key put twice is lost when the older of its values is evicted.
@@ -24,6 +25,7 @@ import anyio
 
 from kvoffload.errors import MisuseError
 from kvoffload.l2 import infinistore_native as native
+from kvoffload.l2 import infinistore_socket as wired
 from kvoffload.l2.infinistore_lane import Lane, Report, Server
 from kvoffload.l2.infinistore_transfers import Find, Read, Transfer, Values, Write
 from kvoffload.l2.infinistore_wire import MOST_VALUE_BYTES
@@ -194,7 +196,7 @@ class InfiniStoreTcpNode:
 
     def _fail(self, transfer: Transfer) -> None:
         transfer.trouble = transfer.trouble or self._trouble
-        transfer.conclude(native.CLOSED)
+        transfer.conclude(wired.CLOSED)
         self._settle(transfer)
 
     def _settle(self, transfer: Transfer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
 from ctypes import addressof, c_char
 from itertools import accumulate
@@ -13,9 +14,11 @@ from typing import Any
 import numpy as np
 
 from kvoffload.l2 import infinistore_native as native
+from kvoffload.l2 import infinistore_socket as wired
 from kvoffload.l2.infinistore_wire import (
     GET,
     NONCE_BYTES,
+    PART_DIGITS,
     POINTER,
     PUT,
     Code,
@@ -23,6 +26,7 @@ from kvoffload.l2.infinistore_wire import (
     exist_request,
     new_nonces,
     pack_pointer,
+    part_bytes_of,
     payload_template,
     value_key,
 )
@@ -34,6 +38,7 @@ one buffer that it may not have sent yet."""
 
 FINISH_SLICE_NS = 200_000_000
 _HOLE = b"0" * NONCE_BYTES
+_KEY_TAIL_BYTES = 1 + NONCE_BYTES + PART_DIGITS
 _FINISHED = int(Code.FINISHED)
 
 
@@ -57,7 +62,7 @@ class Transfer:
         self.is_withdrawn = False
         self.trouble = ""
         """Why it failed, where the connection was the reason."""
-        self._control = native.new_control()
+        self._control = wired.new_control()
         self._ticket = [None]  # whoever pops it has it: popping is atomic
 
     def claim(self) -> bool:
@@ -70,35 +75,35 @@ class Transfer:
 
     def stop(self) -> None:
         """From the loop, while it runs."""
-        self._control[native.STOP] = 1
+        self._control[wired.STOP] = 1
 
     def run(self, fd: int, deadline_ns: int) -> int:
-        """Until all is done, or something in `infinistore_native` is the matter. The caller's memory is not touched after it returns."""
-        self._control[native.DEADLINE_NS] = deadline_ns
-        self._control[native.SLICE_NOW] = 0  # what this socket's timeouts are is not known
+        """Until all is done, or something in `infinistore_socket` is the matter. The caller's memory is not touched after it returns."""
+        self._control[wired.DEADLINE_NS] = deadline_ns
+        self._control[wired.SLICE_NOW] = 0  # what this socket's timeouts are is not known
         self.prepare()
         status = self.transfer(fd)
-        if status == native.CLOSED:
-            number = int(self._control[native.ERRNO])
+        if status == wired.CLOSED:
+            number = int(self._control[wired.ERRNO])
             self.trouble = os.strerror(number) if number else "it hung up"
-        elif status == native.NONSENSE:
+        elif status == wired.NONSENSE:
             self.trouble = "its answer makes no sense: is this the data port of an InfiniStore server?"
-        if status != native.STALE:
+        if status != wired.STALE:
             self.conclude(status)
         return status
 
     def finish(self, fd: int, until_ns: int) -> int:
         """Go on with what `run` left outstanding. EXPIRED: call it again."""
-        self._control[native.STOP] = 0
-        self._control[native.DEADLINE_NS] = until_ns
-        self._control[native.SLICE_MOST] = FINISH_SLICE_NS
-        self._control[native.DISCARD] = 1
+        self._control[wired.STOP] = 0
+        self._control[wired.DEADLINE_NS] = until_ns
+        self._control[wired.SLICE_MOST] = FINISH_SLICE_NS
+        self._control[wired.DISCARD] = 1
         return self.finish_exchange(fd)
 
     @property
     def is_outstanding(self) -> bool:
         """Whether the server has been asked something that it has not answered yet, or has half of a question."""
-        return bool(self._control[native.PHASE] or self._control[native.OFFSET])
+        return bool(self._control[wired.PHASE] or self._control[wired.OFFSET])
 
     @property
     def is_unfinished(self) -> bool:
@@ -115,7 +120,7 @@ class Transfer:
         """It ended with this: say so in what the caller is told, and drop all references to the caller's memory."""
 
     def finish_exchange(self, fd: int) -> int:
-        return self.transfer(fd) if self.is_outstanding else native.OK
+        return self.transfer(fd) if self.is_outstanding else wired.OK
 
 
 class _Asking(Transfer):
@@ -147,16 +152,16 @@ class Find(_Asking):
         while self._parts:
             requests, answers = self._parts[0]
             status = self._ask(fd, requests, answers)
-            if status != native.OK:
+            if status != wired.OK:
                 return status
             if not _make_sense(answers):
-                return native.NONSENSE
+                return wired.NONSENSE
             found += (answers[:, 1] == 0).tolist()
             del self._parts[0]
-            if self._control[native.DISCARD]:
-                return native.OK
+            if self._control[wired.DISCARD]:
+                return wired.OK
         self.found, self.seconds = found, time.perf_counter() - started
-        return native.OK
+        return wired.OK
 
 
 class Values(_Asking):
@@ -173,7 +178,7 @@ class Values(_Asking):
 
     def conclude(self, status: int) -> None:
         # A server without room for one value has none for the next of its size, and has hung up.
-        rest = {native.EXPIRED: Outcome.LATE, native.REFUSED: Outcome.FULL}.get(status, Outcome.FAILED)
+        rest = {wired.EXPIRED: Outcome.LATE, wired.REFUSED: Outcome.FULL}.get(status, Outcome.FAILED)
         told = _OUTCOMES | {int(Outcome.LATE): rest, native.DANGLING: Outcome.ABSENT}
         self.outcomes = [told[outcome] for outcome in self._outcomes.tolist()]
         self._views = []
@@ -195,7 +200,7 @@ class Values(_Asking):
 
 
 class Read(Values):
-    """For each the pointer, then the value that it points at."""
+    """For each the pointer, then the parts of the value that it points at."""
 
     def __init__(self, deadline: float, items: Sequence[Item]) -> None:
         super().__init__(deadline, items)
@@ -212,7 +217,7 @@ class Read(Values):
         for key in self._keys:
             if len(key) != key_bytes:  # as good as never
                 key_bytes = len(key)
-                first, second = payload_template(GET, key_bytes, 0), payload_template(GET, key_bytes + 1 + NONCE_BYTES, 0)
+                first, second = payload_template(GET, key_bytes, 0), payload_template(GET, key_bytes + _KEY_TAIL_BYTES, 0)
                 head, tail = first.tail + second.head, value_key(b"", _HOLE) + second.tail
                 hole = len(first.fill(key)) + len(second.head) + key_bytes + 1
             parts += (first.head, key, head, key, tail)
@@ -231,7 +236,7 @@ class Read(Values):
 
     def conclude(self, status: int) -> None:
         super().conclude(status)
-        if status == native.OK:
+        if status == wired.OK:
             self._dangling = [key for key, outcome in zip(self._keys, self._outcomes.tolist(), strict=True) if outcome == native.DANGLING]
 
     @property
@@ -251,13 +256,13 @@ class Read(Values):
             self._request = np.frombuffer(delete_request(self._dangling), np.uint8)
             self._deleted = np.zeros((1, 2), np.int32)
         status = self._ask(fd, self._request, self._deleted)
-        if status == native.OK:
+        if status == wired.OK:
             self._dangling = []
         return status
 
 
 class Write(Values):
-    """Which pointers exist; then for each other the value, and when the server has it, the pointer."""
+    """Which pointers exist; then for each other the value, part by part, and when the server has all of it, the pointer."""
 
     is_write = True
 
@@ -265,6 +270,8 @@ class Write(Values):
         super().__init__(deadline, items)
         self._requests = self._answers = self._rest = _NOTHING
         self._new: list[int] = []
+        self._last: list[int] = []
+        """The row in the plan of the last part of each of ``new``."""
         self._put = _NOTHING
         self._has_looked = False
 
@@ -276,10 +283,10 @@ class Write(Values):
     def transfer(self, fd: int) -> int:
         if not self._has_looked:
             status = self._ask(fd, self._requests, self._answers)
-            if status != native.OK or self._control[native.DISCARD]:
+            if status != wired.OK or self._control[wired.DISCARD]:
                 return status
             if not _make_sense(self._answers):
-                return native.NONSENSE
+                return wired.NONSENSE
             self._has_looked = True
             self._outcomes[self._answers[:, 1] == 0] = Outcome.DONE
             self._plan_puts()
@@ -288,42 +295,55 @@ class Write(Values):
     def _plan_puts(self) -> None:
         self._new = np.flatnonzero(self._answers[:, 1]).tolist()
         seen = self._see()
-        parts: list[bytes] = []
-        firsts, seconds = [], []
+        requests: list[bytes] = []
+        firsts, seconds, memory = [], [], []
         for index, nonce in zip(self._new, new_nonces(len(self._new)), strict=True):
-            key, size = self._keys[index], seen[index][1]
-            first = payload_template(PUT, len(key) + 1 + NONCE_BYTES, size).fill(value_key(key, nonce))
+            key, (address, size) = self._keys[index], seen[index]
+            part_bytes = part_bytes_of(size)
+            for part, start in enumerate(range(0, size, part_bytes)):
+                length = min(part_bytes, size - start)
+                first = payload_template(PUT, len(key) + _KEY_TAIL_BYTES, length).fill(value_key(key, nonce, part))
+                requests.append(first)
+                firsts.append(len(first))
+                seconds.append(0)
+                memory.append((address + start, length))
             second = payload_template(PUT, len(key), POINTER.size).fill(key) + pack_pointer(nonce, size)
-            parts += (first, second)
-            firsts.append(len(first))
-            seconds.append(len(second))
-        self._arena, self._plan = _arena_and_plan(parts, firsts, seconds, [seen[index] for index in self._new])
-        self._put = np.full(len(self._new), Outcome.LATE, np.uint8)
+            requests.append(second)
+            seconds[-1] = len(second)
+            self._last.append(len(seconds) - 1)
+        self._arena, self._plan = _arena_and_plan(requests, firsts, seconds, memory)
+        self._put = np.full(len(seconds), Outcome.LATE, np.uint8)
 
     @property
     def is_outstanding(self) -> bool:
-        """Also where a value is stored and its pointer is not."""
-        return super().is_outstanding or (self._has_looked and bool(self._control[native.ITEM]))
+        """Also where a part is stored and the pointer is not."""
+        return super().is_outstanding or (self._has_looked and bool(self._control[wired.ITEM]))
 
     def conclude(self, status: int) -> None:
         if self._has_looked:
-            self._outcomes[self._new] = self._put
-            if status == native.EXPIRED and super().is_outstanding and self._control[native.STEP] == 0:
+            self._outcomes[self._new] = self._put[self._last]
+            if status == wired.EXPIRED:
                 self._keep_the_rest()
         super().conclude(status)
 
     def _keep_the_rest(self) -> None:
-        """Of the value that is being sent. To copy it takes less than a millisecond, and then the caller has its memory back."""
-        item, phase, offset = (int(self._control[word]) for word in (native.ITEM, native.PHASE, native.OFFSET))
-        if phase <= 1:
-            sent = offset if phase == 1 else 0
-            self._rest = np.frombuffer(self._items[self._new[item]].buffer, np.uint8)[sent:].copy()
-            self._plan[item, native.VALUE] = _address(self._rest) - sent
+        """Of the value that was begun. To copy it takes about a millisecond, and then the caller has its memory back."""
+        row, phase, offset = (int(self._control[word]) for word in (wired.ITEM, wired.PHASE, wired.OFFSET))
+        value = bisect_left(self._last, row)
+        if value == len(self._last):
+            return
+        first, last = self._last[value - 1] + 1 if value else 0, self._last[value]
+        if row == first and not super().is_outstanding:
+            return
+        begin = int(self._plan[first, native.VALUE])
+        sent = int(self._plan[row, native.VALUE]) - begin + (offset if phase == 1 else 0)
+        self._rest = np.frombuffer(self._items[self._new[value]].buffer, np.uint8)[sent:].copy()
+        self._plan[row : last + 1, native.VALUE] += _address(self._rest) - begin - sent
 
 
 _NOTHING: Any = np.empty(0, np.uint8)
 _OUTCOMES = {int(outcome): outcome for outcome in Outcome}
-_SCRATCH = np.empty(native.SCRATCH_BYTES, np.uint8)  # all threads write to it, and nobody reads it
+_SCRATCH = np.empty(wired.SCRATCH_BYTES, np.uint8)  # all threads write to it, and nobody reads it
 _SCRATCH_ADDRESS = int(_SCRATCH.__array_interface__["data"][0])
 
 

@@ -24,10 +24,19 @@ EXIST, DELETE, PAYLOAD = b"C", b"X", b"L"
 PUT, GET = b"P", b"G"
 MOST_VALUE_BYTES = (1 << 31) - 1  # the length is a signed 32-bit field
 
-POINTER = struct.Struct("<8sQ16sI4x")
-"""What is stored under a block's name: magic and version, length of the value, nonce in hex, CRC-32 of these 32 bytes, padding."""
-POINTER_MAGIC = b"kvoptr\x00\x01"
-_CHECKED = struct.Struct("<8sQ16s")
+MOST_PART_BYTES = 2 << 20
+"""The most that is ever put or got at once: of a longer answer the server may take the reader's next request for a part of the last one,
+and then answers nobody ever again."""
+PART_UNIT_BYTES = 64 << 10
+"""What a server with default settings allocates at a time."""
+PART_DIGITS = 4
+MOST_PARTS = 16**PART_DIGITS
+
+POINTER = struct.Struct("<8sQ16sQI4x")
+"""What is stored under a block's name: magic and version, length of the value, nonce in hex, length of its parts but for the last, CRC-32
+of these 40 bytes, padding."""
+POINTER_MAGIC = b"kvoptr\x00\x02"
+_CHECKED = struct.Struct("<8sQ16sQ")
 POINTER_CHECKED_BYTES = _CHECKED.size
 NONCE_BYTES = 16
 
@@ -107,24 +116,37 @@ def delete_request(keys: Sequence[bytes]) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Pointer:
-    """Where the value of a name is: under ``<name>:<nonce>``, ``value_bytes`` long."""
+    """Where the value of a name is: in parts under ``<name>:<nonce><part>``, ``value_bytes`` long all together."""
 
     nonce: bytes
     value_bytes: int
+    part_bytes: int
+
+    def keys(self, name: bytes) -> list[bytes]:
+        """Of all parts."""
+        return [value_key(name, self.nonce, part) for part in range(-(-self.value_bytes // self.part_bytes))]
 
 
-def pack_pointer(nonce: bytes, value_bytes: int) -> bytes:
-    """`POINTER.size` bytes."""
-    checked = _CHECKED.pack(POINTER_MAGIC, value_bytes, nonce)
+def part_bytes_of(value_bytes: int) -> int:
+    """How long the parts are that we put a value in, but for the last: few, about equal, and without waste of the server's memory."""
+    count = max(1, -(-value_bytes // MOST_PART_BYTES))
+    return max(1, -(-value_bytes // (count * PART_UNIT_BYTES))) * PART_UNIT_BYTES
+
+
+def pack_pointer(nonce: bytes, value_bytes: int, part_bytes: int | None = None) -> bytes:
+    """`POINTER.size` bytes. ``part_bytes`` is `part_bytes_of` the value unless given."""
+    checked = _CHECKED.pack(POINTER_MAGIC, value_bytes, nonce, part_bytes or part_bytes_of(value_bytes))
     return checked + zlib.crc32(checked).to_bytes(8, "little")
 
 
 def parse_pointer(data: bytes) -> Pointer | None:
-    """None for anything that `pack_pointer` does not make."""
+    """None for anything that `pack_pointer` does not make, and for parts too long or too many to be read."""
     if len(data) != POINTER.size:
         return None
-    _, value_bytes, nonce, _ = POINTER.unpack(data)
-    return Pointer(nonce, value_bytes) if pack_pointer(nonce, value_bytes) == data else None
+    _, value_bytes, nonce, part_bytes, _ = POINTER.unpack(data)
+    if not 0 < part_bytes <= MOST_PART_BYTES or value_bytes > part_bytes * MOST_PARTS:
+        return None
+    return Pointer(nonce, value_bytes, part_bytes) if pack_pointer(nonce, value_bytes, part_bytes) == data else None
 
 
 def new_nonces(count: int) -> list[bytes]:
@@ -133,6 +155,6 @@ def new_nonces(count: int) -> list[bytes]:
     return [digits[place : place + NONCE_BYTES] for place in range(0, len(digits), NONCE_BYTES)]
 
 
-def value_key(name: bytes, nonce: bytes) -> bytes:
-    """The key of a value, by its name and its pointer's nonce."""
-    return name + b":" + nonce
+def value_key(name: bytes, nonce: bytes, part: int = 0) -> bytes:
+    """The key of a part of a value, by its name and its pointer's nonce."""
+    return b"%b:%b%0*x" % (name, nonce, PART_DIGITS, part)
