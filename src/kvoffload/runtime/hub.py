@@ -45,8 +45,10 @@ if TYPE_CHECKING:
 
 log = get_logger("hub")
 
-WRITING_SHARE = 0.25
-"""Of L1, that may wait to be written: those slots cannot be evicted, and a node that is slow must not cost L1 its use."""
+WRITING_SHARE, WRITING_SHARE_OF_FEW, FEW_SLOTS = 0.25, 0.5, 1024
+"""Of L1, that may wait to be written: those slots cannot be evicted, and a node that is slow must not cost L1 its use. Of a small L1 it
+is more, or not even one prompt might be written.
+"""
 STAGING_SHARE = 0.5
 """The same where L1 keeps nothing, from the grant of a slot on: the other half is for loads."""
 DRAIN_S = 1.5
@@ -107,7 +109,7 @@ class HubRuntime:
             core = L1Core(config, slots)
             manager = L1Manager(core, receiver, self._to_rank, self._on_answer, time.monotonic)
         else:
-            core = L1Core(config, slots, self._remote_config(shared))
+            core = L1Core(config, slots, self._remote_config(shared, slots))
             manager = L1Manager(
                 core,
                 receiver,
@@ -135,7 +137,7 @@ class HubRuntime:
             log.error("L2 off: blocks stay in this engine", reason=str(error))
             return None
 
-    def _remote_config(self, shared: Shared) -> RemoteConfig:
+    def _remote_config(self, shared: Shared, slots: int) -> RemoteConfig:
         from kvoffload.l1.remote import RemoteConfig
         from kvoffload.l2.load_or_compute import LoadOrCompute
 
@@ -147,7 +149,7 @@ class HubRuntime:
             block_bytes=shared.block_bytes,
             load_or_compute=LoadOrCompute() if settings.load_or_compute else None,
             write_queue_blocks=settings.write_queue_blocks,
-            max_writing_share=WRITING_SHARE if self._config.l1.enabled else STAGING_SHARE,
+            max_writing_share=_writing_share(slots) if self._config.l1.enabled else STAGING_SHARE,
         )
 
     async def run(self) -> None:
@@ -327,6 +329,10 @@ class HubRuntime:
         else:
             self._opened.posts.owe(Flush(reply, nodes))
         return reply
+
+
+def _writing_share(slots: int) -> float:
+    return WRITING_SHARE if slots >= FEW_SLOTS else WRITING_SHARE_OF_FEW
 
 
 @dataclass(slots=True)
