@@ -53,9 +53,11 @@ class Load:
         self.core.handle(SegmentGrown(0, self.slots), 0.0)
 
     def send(self, message: L1Message, blocks: int = BATCH) -> tuple[float, list[Effect]]:
-        """How long it took, and what came out."""
+        """How long it took, all slices of it, and what came out."""
         begun = time.thread_time()
         effects = self.core.handle(message, 0.0)
+        while self.core.has_work:
+            effects += self.core.go_on(0.0)
         took = time.thread_time() - begun
         if blocks <= BATCH:
             self.worst_s = max(self.worst_s, took)

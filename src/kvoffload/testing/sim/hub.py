@@ -155,6 +155,8 @@ class SimHub:
     def _handle_one(self) -> None:
         message = self.mailbox.popleft()
         effects = self.core.handle(message, self._clock.now)  # type: ignore[arg-type]
+        while self.core.has_work:
+            effects += self.core.go_on(self._clock.now)
         self._trace.note(f"handled: {_text(message)}", *_tags(message))
         for effect in effects:
             self._trace.note(f"effect: {_text(effect.message)}", *_tags(effect.message))
