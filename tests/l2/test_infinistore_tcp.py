@@ -135,6 +135,25 @@ async def test_parts_of_another_length_than_ours_are_read(infinistore_shared: In
         assert bytes(items[0].buffer) == value
 
 
+@pytest.mark.slow
+async def test_long_values_read_by_many_do_not_freeze_the_server(infinistore_server: InfiniStoreServer) -> None:
+    """As they do whoever asks for them whole: see the hazards. The fixture asserts that it still answers."""
+    size, wanted = 2304 << 10, ["a", "b", "c", "d"]
+    async with node_at(infinistore_server.port) as node:
+        assert await node.write(full(wanted, size), soon()) == [DONE] * 4
+
+    async def read() -> None:
+        async with node_at(infinistore_server.port, connections=2) as node:
+            items = empty(wanted, size)
+            for _ in range(40):
+                assert await node.read(items, soon()) == [DONE] * 4
+            assert [bytes(item.buffer) for item in items] == [value_of(name, size) for name in wanted]
+
+    async with anyio.create_task_group() as group:
+        for _ in range(4):
+            group.start_soon(read)
+
+
 @pytest.mark.parametrize("junk", [b"x", b"x" * wire.POINTER.size, b"x" * 100_000, wire.pack_pointer(b"0" * 16, 4999)])
 async def test_what_is_no_pointer_of_ours_is_malformed(infinistore_shared: InfiniStoreServer, junk: bytes) -> None:
     with raw.connect(infinistore_shared) as connection:
