@@ -67,22 +67,6 @@ def test_a_byte_behind_a_get_freezes_it(infinistore_server: InfiniStoreServer, n
     infinistore_server.kill()
 
 
-def test_leaving_in_the_middle_of_an_answer_ends_it(infinistore_server: InfiniStoreServer) -> None:
-    """It closes the connection twice. So an answer that comes too late is read to its end all the same."""
-    with raw.connect(infinistore_server) as connection:
-        assert raw.stored(connection, "key", bytes(8 * MIB)) == raw.STORED
-    for _ in range(50):
-        with raw.connect(infinistore_server) as connection:
-            connection.sendall(raw.get("key"))
-            raw.number(connection)
-        try:
-            with raw.connect(infinistore_server) as connection:
-                raw.exists(connection, "key")
-        except (EOFError, OSError):
-            break
-    assert infinistore_server.expect_end() != 0
-
-
 @pytest.mark.slow
 def test_large_values_read_by_many_freeze_it(infinistore_server: InfiniStoreServer) -> None:
     """Above 2 MiB, and with one request at a time on each connection: the last of more than eight chunks of 256 KiB may be on its way
