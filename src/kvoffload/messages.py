@@ -263,7 +263,7 @@ class LoadEnded:
 # ---------------------------------------------------------------- L1Manager <-> the L2 actors of a node
 
 Node = str
-"""A node's name: unique among the nodes of a ring, and never given to another address."""
+"""A node's name, unique among the nodes of a ring. At another address it is the same place in the ring, and begins empty-handed."""
 
 Batch = int
 """One question, fetch or write of L1Manager's, to one node; numbers are never reused within an engine."""

@@ -138,3 +138,27 @@ def test_blocks_that_came_are_not_written_back_and_stay_when_the_ring_changes() 
     rig = RemoteRig(16)
     hit = rig.put(A)
     assert (len(hit.slots), rig.writes) == (6, [])
+
+
+def test_what_the_engine_computed_while_a_fetch_was_late_is_asked_for_again() -> None:
+    """It was not saved, because a node was to bring it; it did not, and without a word L1 would never have it."""
+    rig = RemoteRig(32)
+    keys = chain("late", 6)
+    rig.ask(keys, wait_s=0.05)
+    rig.answer_finds()
+    rig.advance(0.05)  # the deadline: answered 0, and the engine computes
+    assert rig.hits[-1].slots == ()
+    assert rig.reserve(keys).slots == ()
+    rig.finish_fetches(failed=keys)
+    assert [request for missing in rig.missing for request in missing.requests]
+
+
+def test_nobody_is_told_when_the_late_fetch_comes_after_all() -> None:
+    rig = RemoteRig(32)
+    keys = chain("late", 6)
+    rig.ask(keys, wait_s=0.05)
+    rig.answer_finds()
+    rig.advance(0.05)
+    assert rig.reserve(keys).slots == ()
+    rig.finish_fetches()
+    assert not rig.missing

@@ -24,6 +24,7 @@ from kvoffload.messages import (
     MatchPrefix,
     Node,
     NodesChanged,
+    ParentMissing,
     PrefixHit,
     StartLoad,
     TransfersSettled,
@@ -180,7 +181,9 @@ class RemoteMachine(L1Machine):
         if by_end["unsettled"]:
             self.late_writers[batch] = node, set(by_end["unsettled"])
         fetched, absent, failed, unsettled = (tuple(slots) for slots in by_end.values())
-        assert not self.send(FetchFinished(batch, node, fetched, absent, failed, unsettled, 0.01))
+        told = self.send(FetchFinished(batch, node, fetched, absent, failed, unsettled, 0.01))
+        assert len(told) <= 1
+        assert all(isinstance(effect, ParentMissing) and effect.requests for effect in told)  # who computed what did not come
 
     @precondition(lambda self: self.writes)
     @rule(data=st.data(), ends=st.lists(st.sampled_from(["stored", "stored", "failed", "unsettled"]), min_size=9, max_size=9))

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kvoffload.l1 import writing
-from kvoffload.l1.effects import ToPrefetcher
+from kvoffload.l1.effects import ToPrefetcher, ToScheduler
 from kvoffload.l1.parts import Parts, Slices
 from kvoffload.l1.remote import STORED, Reading, Remote, Transfer, end_transfer, in_batches
 from kvoffload.l1.removal import fall
 from kvoffload.l1.saving import commit, occupy
 from kvoffload.l1.slots import NONE
 from kvoffload.l1.states import State
-from kvoffload.messages import BlockKey, DropReason, FetchBlocks, FetchFinished, Node
+from kvoffload.messages import BlockKey, DropReason, FetchBlocks, FetchFinished, Node, ParentMissing
 
 _FILLING = int(State.FILLING)
 
@@ -71,6 +71,10 @@ def finished(parts: Parts, remote: Remote, message: FetchFinished) -> Slices[Non
     for slot in reported:
         del remote.fetch_of[slot]
     yield from commit(parts, reported)
+    relying = remote.relying.pop(message.batch, None)
+    if relying is not None and any(parts.index.find(key) < 0 for key in transfer.keys):
+        job = max(relying.values())
+        remote.effects.append(ToScheduler(ParentMissing(job, tuple(relying))))
     if transfer.reading is not None:
         _learn(remote, transfer.reading, message)
 

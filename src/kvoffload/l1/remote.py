@@ -201,6 +201,8 @@ class Remote:
         self.unsettled_fetches: dict[Batch, set[int]] = {}
         self.unsettled_writes: dict[Batch, set[int]] = {}
         self.fetch_of: dict[int, Batch] = {}  # by slot, until it is reported and settled
+        self.relying: dict[Batch, dict[str, Job]] = {}
+        """By fetch, the requests that computed what it is to bring, and whose offer of it was taken for shared."""
         self.queued: Counter[Node] = Counter()  # blocks on their way to a node
         self.unread = Recent()
         self.unwritten = Recent()

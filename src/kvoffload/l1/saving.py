@@ -42,6 +42,11 @@ def reserve(parts: Parts, message: ReserveSlots) -> Slices[tuple[SlotGrant, Pare
                 missing[run.request] = None
             continue
         start, got = yield from _reserve_run(parts, run, parent)
+        if start and parts.remote is not None and parts.remote.fetch_of:
+            # What was just computed is not saved because a node is to bring it: should it not, somebody has to be told.
+            batch = parts.remote.fetch_of.get(index.find(run.keys[start - 1]))
+            if batch is not None:
+                parts.remote.relying.setdefault(batch, {})[run.request] = message.job
         stop = start + len(got)
         slots += got
         blocks += run.blocks[start:stop]
