@@ -287,5 +287,5 @@ class KVOffloadConnector(KVConnectorBase_V1):
     # ------------------------------------------------------------ for tests and tools
 
     def flush(self, timeout_s: float = 5.0) -> bool:
-        """Wait until every save posted so far is in L1, and on its node, or dropped. Only in the scheduler's half, and never from a hook."""
+        """Wait until every save posted so far is in L1, and on its node, or dropped. Only in the scheduler's half, never from a hook."""
         return self.scheduler_half is not None and self.scheduler_half.flush(timeout_s)
