@@ -13,6 +13,7 @@ from tests.vllm.plain import Plain
 from tests.vllm.prompts import prompt, prompts
 from tests.vllm.second_tier import Node, StartNodes, found_by, real_nodes, share, sharing_config
 
+from kvoffload.l1.states import State
 from kvoffload.testing.valkey import ValkeyServer
 
 
@@ -46,6 +47,22 @@ def test_a_later_engine_has_what_an_earlier_one_computed(plain: Plain, nodes: St
         node.kill()
         second.forget()
         found_by(second, plain, asked, kv)
+
+
+@on("redis")
+def test_without_l1_blocks_come_from_nodes_each_time(plain: Plain, nodes: StartNodes) -> None:
+    asked = prompts([33, 97, 200, 330], "no L1")
+    config = sharing_config(nodes(1))
+    config["kv_connector_extra_config"]["l1"] = {"enabled": False, "capacity_gb": 0.25}
+    with engine(transfer=config) as served:
+        assert_same(plain.generate(asked), served.generate(asked))
+        kv = [served.kv_of(one) for one in asked]
+        for _ in range(2):
+            served.forget()
+            found_by(served, plain, asked, kv)
+        served.flush()
+        assert served.l1().slots[State.FREE] == served.l1().usable
+        served.assert_nothing_leaked()
 
 
 @on("infinistore")
