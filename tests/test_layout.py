@@ -166,6 +166,26 @@ def test_what_is_not_understood_is_refused(tensors: dict[str, Any], reason: str)
         layout_of(tensors)
 
 
+@pytest.mark.parametrize(
+    ("start", "stride", "sizes", "expected"),
+    [
+        (0, 64, (32, 32), 16),
+        (0, 64, (32, 16), 16),
+        (8, 64, (32, 16), 8),  # the address
+        (0, 60, (16, 16), 4),  # the stride from block to block
+        (0, 64, (18, 32), 2),  # a size, which also moves the next run in the slot
+        (0, 64, (32, 7), 1),
+        (16, 65, (32, 16), 1),
+    ],
+)
+def test_the_widest_access_is_told(start: int, stride: int, sizes: tuple[int, int], expected: int) -> None:
+    memory = np.zeros(2048, np.uint8)
+    start += -memory.ctypes.data % 64
+    near, far = memory[start:], memory[start + 1024 :]
+    views = [np.lib.stride_tricks.as_strided(part, (6, size), (stride, 1)) for part, size in zip((near, far), sizes, strict=True)]
+    assert layout_of({"a": views[0], "b": views[1]}).alignment == expected
+
+
 def test_interleaved_layers_do_not_overlap() -> None:
     storage = BASE[:96].reshape(6, 16)
     layout = layout_of({"b": storage[:, 8:], "a": storage[:, :8]})

@@ -18,6 +18,8 @@ from kvoffload.errors import LayoutError
 
 HEADER_BYTES = 64
 SLOT_ALIGNMENT = 4096
+MAX_ALIGNMENT = 16
+"""Bytes of the widest access that a GPU has."""
 MAX_RUNS = 1 << 16
 """A block in more pieces than this is refused: it would be copied at a crawl."""
 
@@ -95,6 +97,15 @@ class BlockLayout:
             _digest=_digest_of(views),
             keep=tuple(kv_caches.values()),
         )
+
+    @property
+    def alignment(self) -> int:
+        """The widest access, 1, 2, 4, 8 or 16 bytes, that every run allows in every block and in every slot of an aligned segment."""
+        bits, offset = MAX_ALIGNMENT, HEADER_BYTES
+        for run in self.runs:
+            bits |= run.address | run.block_stride | run.size | offset
+            offset += run.size
+        return bits & -bits
 
     def digest(self) -> bytes:
         """16 bytes, equal where a slot's bytes mean the same: names, shapes without the number of blocks, types, strides."""
