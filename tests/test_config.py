@@ -193,7 +193,7 @@ def test_settings_are_frozen() -> None:
 
 def test_every_setting_is_described_and_its_variable_sets_it() -> None:
     settings = {setting.name: setting for setting in describe()}
-    assert len(settings) == len({setting.variable for setting in describe()}) == 43
+    assert len(settings) == len({setting.variable for setting in describe()}) == 52
     assert settings["l1.policy"].type == "s3fifo | lru"
     assert settings["model.version"].type == "str | null"
     assert (settings["l1.capacity_gb"].type, settings["l1.capacity_gb"].default) == ("float", 4.0)
@@ -204,6 +204,37 @@ def test_every_setting_is_described_and_its_variable_sets_it() -> None:
         if setting.name != "enabled" and setting.default is not None:
             text = str(setting.default)
             assert Config.load({}, {setting.variable: text}) == Config(), setting.name
+
+
+# ------------------------------------------------------------ the GPU
+
+
+def test_defaults_of_copies_to_and_from_the_gpu() -> None:
+    gpu = load().gpu
+    assert (gpu.copy_with, gpu.descriptors_per_call, gpu.inflight_bytes) == ("auto", 8192, 64 << 20)
+    assert (gpu.kernel_below_bytes, gpu.kernel_min_pieces, gpu.kernel_blocks) == (28 << 10, 16, 12)
+    assert (gpu.pin, gpu.pin_piece_bytes, gpu.pin_at_start_s) == (True, GIB, 10)
+
+
+def test_how_the_gpu_copies_is_called_copy() -> None:
+    for config in (load({"gpu.copy": "DMA"}), load({"gpu": {"copy": "dma"}}), load(GPU_COPY="dma")):
+        assert config.gpu.copy_with == "dma"
+    assert problems({"gpu.copy_with": "dma"})[0].startswith("gpu.copy_with (from kv_connector_extra_config): there is no such setting")
+
+
+@pytest.mark.parametrize(
+    ("extra", "text"),
+    [
+        ({"gpu.copy": "fast"}, "gpu.copy = 'fast' (from kv_connector_extra_config): must be 'auto', 'dma', 'kernel' or 'single'; it is: "),
+        ({"gpu.descriptors_per_call": 0}, "must be greater than or equal to 1"),
+        ({"gpu.pin_piece_bytes": 4096}, "must be greater than or equal to 1048576"),
+        ({"gpu.pin_at_start_s": -1}, "must be greater than or equal to 0"),
+        ({"gpu.pin": "sometimes"}, "must be a valid boolean"),
+    ],
+)
+def test_a_bad_value_for_the_gpu_is_named(extra: dict[str, Any], text: str) -> None:
+    (problem,) = problems(extra)
+    assert text in problem
 
 
 # ------------------------------------------------------------ the second tier
