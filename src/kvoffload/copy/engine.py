@@ -31,8 +31,17 @@ class CopyEngine(Protocol):
         """Check saves against this ledger from the next call on: the scheduler's is known only after the layout was proven."""
         ...
 
+    def prepare_slots(self, populated: int, *, at_start: bool = False) -> int:
+        """How many slots, from the first on, may be used, given that so many are in memory. May take long; one thread at a time.
+
+        ``at_start``: vLLM's thread waits for this, so nothing can be capturing a graph meanwhile. Else an engine that has to call the
+        device for it does so only once a real step has run (the first `mark` since), and until then answers what it did before:
+        ask again. Never raises for memory that the device does not take: such slots are copied more slowly.
+        """
+        ...
+
     def mark(self) -> object:
-        """On vLLM's thread: a token for "everything launched so far"."""
+        """On vLLM's thread: a token for "everything launched so far". Does not raise: a copy after a mark that failed does."""
         ...
 
     def save(self, blocks: Ids, slots: Ids, epochs: Ids, after: object) -> NDArray[np.bool_]:

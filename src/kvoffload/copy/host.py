@@ -56,6 +56,10 @@ class HostCopyEngine:
             self._ledger = ledger.array  # held: its memory stays, even when the ledger is closed during a save
             self._ledger_address: int = ledger.array.ctypes.data
 
+    def prepare_slots(self, populated: int, *, at_start: bool = False) -> int:
+        """All that are in memory: ordinary memory needs nothing more."""
+        return populated
+
     def mark(self) -> object:
         """Nothing is ever in flight: None."""
         return None

@@ -130,6 +130,9 @@ class FaultyCopyEngine:
     def use_ledger(self, ledger: Ledger) -> None:
         self._engine.use_ledger(ledger)
 
+    def prepare_slots(self, populated: int, *, at_start: bool = False) -> int:
+        return self._engine.prepare_slots(populated, at_start=at_start)
+
     def mark(self) -> object:
         return self._engine.mark()
 
