@@ -72,6 +72,7 @@ class Engine:
             kv_transfer_config=None if transfer is None else KVTransferConfig(**transfer),
         )
         self._timers: HookTimers | None = None
+        self._parts: tuple[Any, Any] | None = None
 
     def facts(self) -> dict[str, Any]:
         """What a report says of the engine."""
@@ -126,10 +127,21 @@ class Engine:
         """The scheduler's and the worker's, whosever they are."""
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
+        if self._parts is not None:
+            return self._parts
         if self._options.multiprocessing or self._options.connector == "none":
             raise MisuseError("only in process, and only with a connector")
         core: Any = self.llm.llm_engine.engine_core
         return core.engine_core.scheduler.connector, get_kv_transfer_group()
+
+    def attach(self, on: bool) -> bool:
+        """Take the connector out of vLLM's way, or put it back, while no request runs: without it, it is vLLM as if there were none."""
+        from vllm.distributed.kv_transfer import kv_transfer_state
+
+        self._parts = self._parts or self._connectors()
+        core: Any = self.llm.llm_engine.engine_core
+        core.engine_core.scheduler.connector, kv_transfer_state._KV_CONNECTOR_AGENT = self._parts if on else (None, None)
+        return on
 
     def _ours(self) -> tuple[Any, Any]:
         if self._options.connector != "kvoffload":
