@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import functools
 import os
 import queue
 import signal
@@ -89,14 +90,18 @@ class InfinityConnection:
         self._in_flight += 1
         self._most_in_flight = max(self._most_in_flight, self._in_flight)
 
+        def finish(answer: Callable[[], None]) -> None:
+            self._in_flight -= 1  # before the caller hears of it: it may ask again at once
+            answer()
+
         def work() -> None:
+            answer: Callable[[], None]
             try:
-                code = self._move(op, blocks, block_size, ptr)
-                loop.call_soon_threadsafe(future.set_result, code)
+                answer = functools.partial(future.set_result, self._move(op, blocks, block_size, ptr))
             except Exception as error:
-                loop.call_soon_threadsafe(future.set_exception, error)
-            self._in_flight -= 1
+                answer = functools.partial(future.set_exception, error)
             self.semaphore.release()
+            loop.call_soon_threadsafe(finish, answer)
 
         self._jobs.put(work)
         code = await future
