@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from kvoffload.errors import CapacityError, MisuseError, PeerError
-from kvoffload.segment import Populator, Segment
+from kvoffload.segment import Segment
 
 MIB = 1 << 20
 WAIT_S = 20.0
@@ -186,66 +186,6 @@ def test_not_in_core_dumps_and_not_in_children(segment: Segment) -> None:
             flags = line
             break
     assert {"dd", "dc"} <= set(flags.split())
-
-
-def test_the_populator_reports_growth_until_all_is_there(segment: Segment) -> None:
-    grown: list[int] = []
-    populator = Populator(segment, grown.append, step_bytes=MIB)
-    populator.start()
-    assert populator.wait(WAIT_S)
-    assert grown == [128, 256, 384, 512]
-    assert populator.error is None
-    assert populator.close()
-
-
-def test_the_populator_stops_when_closed(segment: Segment) -> None:
-    reached, go_on = threading.Event(), threading.Event()
-
-    def on_grown(slots: int) -> None:
-        reached.set()
-        go_on.wait(WAIT_S)
-
-    populator = Populator(segment, on_grown, step_bytes=MIB)
-    populator.start()
-    assert reached.wait(WAIT_S)
-    assert not populator.close(timeout_s=0)  # the step is still under way
-    go_on.set()
-    assert populator.close(WAIT_S)
-    assert segment.populated_slots == 128
-
-
-def test_the_populator_can_be_closed_unstarted(segment: Segment) -> None:
-    assert Populator(segment, lambda slots: None).close()
-
-
-def test_the_populator_stays_at_what_memory_allows() -> None:
-    segment = FullMachine.create(4 * MIB, 8192)
-    grown: list[int] = []
-    populator = Populator(segment, grown.append, step_bytes=MIB)
-    populator.start()
-    assert populator.wait(WAIT_S)
-    assert grown == [128, 256, 384]
-    assert isinstance(populator.error, CapacityError)
-
-
-def test_the_populator_stops_before_the_limit_of_a_control_group(segment: Segment) -> None:
-    left = [3 * MIB, 2 * MIB, MIB - 1]
-    grown: list[int] = []
-    populator = Populator(segment, grown.append, headroom=lambda: left.pop(0), step_bytes=MIB)
-    populator.start()
-    assert populator.wait(WAIT_S)
-    assert grown == [128, 256]
-    assert "1048575 bytes" in str(populator.error)
-
-
-def test_a_failing_callback_ends_only_the_populator(segment: Segment) -> None:
-    def on_grown(slots: int) -> None:
-        raise LookupError("gone")
-
-    populator = Populator(segment, on_grown, step_bytes=MIB)
-    populator.start()
-    assert populator.wait(WAIT_S)
-    assert isinstance(populator.error, LookupError)
 
 
 def test_populated_memory_is_zero_and_writable(segment: Segment) -> None:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
 import os
-import threading
-from collections.abc import Callable
-from typing import Self
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvoffload.errors import CapacityError, MisuseError
 from kvoffload.memfd import check_memfd, close_fd, create_memfd, map_memfd, unmap
-from kvoffload.observe.logs import get_logger
 
 _MADV_POPULATE_WRITE = 23  # Linux 5.14, include/uapi/asm-generic/mman-common.h; not in Python's mmap module
 STEP_BYTES = 16 << 20
@@ -25,6 +25,17 @@ _PAGE = mmap.PAGESIZE
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 _libc.madvise.restype = ctypes.c_int
+
+
+class Crew(Protocol):
+    """Threads that populate memory together: several are faster, and pages lie near the CPU that touches them first."""
+
+    @property
+    def threads(self) -> int: ...
+
+    def run(self, parts: Sequence[Callable[[], None]]) -> None:
+        """Run all parts, at once as far as can be; when this returns, or raises the error of the first that failed, all have ended."""
+        ...
 
 
 class Segment:
@@ -71,14 +82,19 @@ class Segment:
         """Slots that lie wholly in memory already taken."""
         return self._populated_bytes // self.slot_bytes
 
+    @property
+    def unpopulated_bytes(self) -> int:
+        """What is still to be taken."""
+        return self.num_bytes - self._populated_bytes
+
     def slot(self, index: int) -> NDArray[np.uint8]:
         """The bytes of one slot, header first."""
         if not 0 <= index < self.slots:
             raise MisuseError(f"slot {index} is not one of {self.slots}")
         return self.array[index * self.slot_bytes : (index + 1) * self.slot_bytes]
 
-    def populate_next(self, step_bytes: int = STEP_BYTES) -> int:
-        """Take the next ``step_bytes`` of memory, lock released; gives the slots usable so far.
+    def populate_next(self, step_bytes: int = STEP_BYTES, crew: Crew | None = None) -> int:
+        """Take the next ``step_bytes`` of memory, lock released, here or by ``crew``; gives the slots usable so far.
 
         Raises CapacityError when there is no memory: what was taken before stays usable. One thread at a time.
         """
@@ -87,11 +103,31 @@ class Segment:
             raise MisuseError("the segment is closed")
         start = self._populated_bytes
         end = min(self.num_bytes, -(-(start + step_bytes) // _PAGE) * _PAGE)
-        if start < end:
+        if start < end and crew is None:
             self._populate(start, end)
             self._populated_bytes = end
+        elif start < end:
+            assert crew is not None
+            self._populate_by(crew, start, end)
         del keep
         return self.populated_slots
+
+    def _populate_by(self, crew: Crew, start: int, end: int) -> None:
+        share = max(_PAGE, -(-(end - start) // crew.threads // _PAGE) * _PAGE)
+        starts = range(start, end, share)
+        done = dict.fromkeys(starts, False)
+
+        def populate(first: int) -> None:
+            self._populate(first, min(end, first + share))
+            done[first] = True
+
+        try:
+            crew.run([partial(populate, first) for first in starts])
+        finally:
+            self._populated_bytes = next((first for first in starts if not done[first]), end)
+            if self._populated_bytes < end:  # others got memory behind the part that got none: give it back, it is short
+                with contextlib.suppress(OSError):
+                    self._mapping.madvise(mmap.MADV_REMOVE, self._populated_bytes, end - self._populated_bytes)
 
     def _populate(self, start: int, end: int) -> None:
         if self._can_advise:
@@ -122,74 +158,3 @@ class Segment:
             self.array = np.empty(0, dtype=np.uint8)
             close_fd(self.fd)
             unmap(self._mapping)
-
-
-class Populator:
-    """Populates a segment from a thread of low priority.
-
-    ``on_grown(slots)`` is called from that thread after each step that made slots usable. When memory runs out (ENOMEM, or
-    ``headroom()`` says that fewer than the next step's bytes may be taken) it stops with what there is; `error` has the reason.
-    """
-
-    def __init__(
-        self,
-        segment: Segment,
-        on_grown: Callable[[int], None],
-        *,
-        headroom: Callable[[], int] | None = None,
-        step_bytes: int = STEP_BYTES,
-    ) -> None:
-        self._segment = segment
-        self._on_grown = on_grown
-        self._headroom = headroom
-        self._step_bytes = step_bytes
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="kvoffload-populate", daemon=True)
-        self.error: Exception | None = None
-
-    def start(self) -> None:
-        """Begin; once."""
-        self._thread.start()
-
-    def wait(self, timeout_s: float) -> bool:
-        """Whether it has ended within ``timeout_s``, with all of the segment or with an `error`."""
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
-
-    def close(self, timeout_s: float = 1.0) -> bool:
-        """Stop after the step under way; whether that was within ``timeout_s``. The segment may be closed after it."""
-        self._stop.set()
-        return self._thread.ident is None or self.wait(timeout_s)
-
-    def _run(self) -> None:
-        _be_nice()
-        log = get_logger("populate")
-        try:
-            grown = self._segment.populated_slots
-            while grown < self._segment.slots and not self._stop.is_set():
-                if self._headroom is not None and (left := self._headroom()) < self._step_bytes:
-                    # A process that goes on to the limit of its cgroup is not told ENOMEM, it is killed.
-                    raise CapacityError(f"only {left} bytes may still be taken")
-                slots = self._segment.populate_next(self._step_bytes)
-                if slots > grown:
-                    grown = slots
-                    self._on_grown(slots)
-        except CapacityError as error:
-            self.error = error
-            log.warning(
-                "memory ran out: L1 stays smaller than configured",
-                slots=self._segment.populated_slots,
-                wanted=self._segment.slots,
-                reason=str(error),
-            )
-        except Exception as error:
-            self.error = error
-            log.exception("populating the segment failed: L1 stays smaller than configured", slots=self._segment.populated_slots)
-
-
-def _be_nice() -> None:
-    """Let everybody else run first. On Linux the nice value belongs to the thread."""
-    try:
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
-    except OSError as error:
-        get_logger("populate").debug("priority not lowered", reason=str(error))

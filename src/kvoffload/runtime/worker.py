@@ -31,7 +31,8 @@ from kvoffload.messages import (
     ToGpuCopy,
 )
 from kvoffload.observe.logs import get_logger
-from kvoffload.segment import Populator, Segment
+from kvoffload.populate import Populator
+from kvoffload.segment import Segment
 from kvoffload.supervisor import Child, RestartPolicy, Supervisor
 
 log = get_logger("worker")

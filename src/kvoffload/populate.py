@@ -1,0 +1,174 @@
+"""From memory that is only promised to slots that may be used: populated step by step, prepared for copies, reported."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvoffload.errors import CapacityError
+from kvoffload.observe.logs import get_logger
+from kvoffload.segment import STEP_BYTES, Crew, Segment
+
+log = get_logger("populate")
+
+CREW_STEP_BYTES = 8 * STEP_BYTES
+"""Of several threads together: long enough that starting them costs nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Preparation:
+    """What populated slots need before they may be copied to: a GPU's engine pins them.
+
+    ``prepare(populated)`` gives the slots that may be used, and is called for ``piece_slots`` more each time, or for the last few. It
+    may not be called just any time: from `Populator.first_slots`, and then only after `Populator.allow`.
+    """
+
+    prepare: Callable[[int], int]
+    piece_slots: int
+    crew: Crew | None = None
+
+
+class Populator:
+    """Makes the slots of a segment usable: the first on the caller's thread, the rest from a thread of low priority.
+
+    ``on_grown(slots)`` is called, from the thread that does it, after each step that made slots usable. When memory runs out
+    (ENOMEM, or ``headroom()`` says that fewer than the next step's bytes may be taken) it stops with what there is; `error` has the
+    reason. Without a ``preparation`` populated slots are usable.
+    """
+
+    def __init__(
+        self,
+        segment: Segment,
+        on_grown: Callable[[int], None],
+        *,
+        headroom: Callable[[], int] | None = None,
+        step_bytes: int = STEP_BYTES,
+        preparation: Preparation | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._segment = segment
+        self._on_grown = on_grown
+        self._headroom = headroom
+        self._step_bytes = step_bytes
+        self._preparation = preparation
+        self._crew = preparation.crew if preparation is not None else None
+        self._clock = clock
+        self._usable = 0
+        self._stop = threading.Event()
+        self._go_on = threading.Event()  # set by `allow` and `close`
+        self._thread = threading.Thread(target=self._run, name="kvoffload-populate", daemon=True)
+        self.error: Exception | None = None
+
+    def first_slots(self, seconds: float = 0.0) -> int:
+        """On the caller's thread, before `start`: the least that gives a usable slot, and as much more as ``seconds`` allow.
+
+        Raises CapacityError when memory does not suffice for one slot; when it runs out later, `start` will find that again.
+        """
+        deadline = self._clock() + seconds
+        segment, is_short = self._segment, False
+        while not (is_short or self._stop.is_set() or segment.populated_slots == segment.slots):
+            try:
+                self._step()
+            except CapacityError:
+                if not segment.populated_slots:
+                    raise
+                is_short = True
+            self._prepare_pieces(all_of_it=False)
+            if segment.populated_slots and self._clock() >= deadline:
+                break
+        self._prepare_pieces(all_of_it=True)
+        return self._usable
+
+    def start(self) -> None:
+        """Begin with the rest; once."""
+        self._thread.start()
+
+    def allow(self) -> None:
+        """The engine may be asked to prepare slots now: no CUDA graph is captured any more. From any thread, any number of times."""
+        if not self._go_on.is_set():
+            self._go_on.set()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it has ended within ``timeout_s``, with all of the segment or with an `error`."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def close(self, timeout_s: float = 1.0) -> bool:
+        """Stop after the step under way; whether that was within ``timeout_s``. The segment may be closed after it."""
+        self._stop.set()
+        self._go_on.set()
+        return self._thread.ident is None or self.wait(timeout_s)
+
+    def _run(self) -> None:
+        _be_nice()
+        try:
+            self._populate_rest()
+            self._prepare_rest()
+        except Exception as error:
+            self.error = error
+            log.exception("populating the segment failed: L1 stays smaller than configured", slots=self._segment.populated_slots)
+
+    def _populate_rest(self) -> None:
+        try:
+            while self._segment.populated_slots < self._segment.slots and not self._stop.is_set():
+                self._step()
+                if self._preparation is None or self._go_on.is_set():
+                    self._prepare_pieces(all_of_it=False)
+        except CapacityError as error:
+            self.error = error
+            log.warning(
+                "memory ran out: L1 stays smaller than configured",
+                slots=self._segment.populated_slots,
+                wanted=self._segment.slots,
+                reason=str(error),
+            )
+
+    def _prepare_rest(self) -> None:
+        """Also what is less than a piece. An engine that gives fewer slots than asked for is asked again when next allowed to."""
+        if self._preparation is None:
+            return
+        while self._usable < self._segment.populated_slots and not self._stop.is_set():
+            self._go_on.wait()
+            self._go_on.clear()
+            self._prepare_pieces(all_of_it=True)
+
+    def _step(self) -> None:
+        step_bytes = self._step_bytes if self._crew is None else max(self._step_bytes, CREW_STEP_BYTES)
+        if self._headroom is not None:
+            # A process that goes on to the limit of its cgroup is not told ENOMEM, it is killed.
+            left = self._headroom()
+            if left < min(self._step_bytes, self._segment.unpopulated_bytes):
+                raise CapacityError(f"only {left} bytes may still be taken")
+            step_bytes = min(step_bytes, left)
+        self._segment.populate_next(step_bytes, self._crew)
+
+    def _prepare_pieces(self, *, all_of_it: bool) -> None:
+        """Prepare and report what is populated, piece by piece: what is done may be used while the next is at work."""
+        populated, preparation = self._segment.populated_slots, self._preparation
+        if preparation is None:
+            self._report(populated)
+            return
+        while self._usable < populated and not self._stop.is_set():
+            upto = min(populated, self._usable + preparation.piece_slots)
+            if upto - self._usable < preparation.piece_slots and not all_of_it:
+                return
+            usable = preparation.prepare(upto)
+            self._report(usable)
+            if usable < upto:
+                return
+
+    def _report(self, usable: int) -> None:
+        if usable > self._usable:
+            self._usable = usable
+            self._on_grown(usable)
+
+
+def _be_nice() -> None:
+    """Let everybody else run first. On Linux the nice value belongs to the thread."""
+    try:
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+    except OSError as error:
+        log.debug("priority not lowered", reason=str(error))
