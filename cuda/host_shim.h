@@ -9,8 +9,6 @@
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __builtin_assume(fact) static_cast<void>(fact)
-#define __isGlobal(pointer) true
 
 struct alignas(16) uint4 {
     uint32_t x, y, z, w;

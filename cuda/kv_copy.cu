@@ -20,11 +20,10 @@ struct kv_run {
 // the latency of the link is what small runs are slow by.
 #define KV_UNROLL 4
 
-// `src` may be live KV, or a slot that the host rewrites between two launches: hence loads that may not take the read-only path. Told
-// that both are global memory, which pinned host memory is too, the compiler emits LDG and STG instead of generic accesses.
+// __ldcs and __stcs for three reasons: through pointers that come out of a table a plain access would be a generic one, and pinned host
+// memory is global memory too; the read-only path is not for bytes that change between launches; and what is copied once is not worth
+// the engine's cache.
 static __device__ __forceinline__ void kv_copy_run(uint4* dst, const uint4* src, uint64_t words) {
-    __builtin_assume(__isGlobal(dst));
-    __builtin_assume(__isGlobal(src));
     const uint64_t step = blockDim.x;
 #pragma unroll 1
     for (uint64_t first = threadIdx.x; first < words; first += KV_UNROLL * step) {
