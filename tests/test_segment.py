@@ -3,7 +3,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -193,3 +193,78 @@ def test_populated_memory_is_zero_and_writable(segment: Segment) -> None:
     assert not segment.array[:MIB].any()
     segment.array[:MIB] = np.arange(MIB, dtype=np.uint8)
     assert segment.array[MIB - 1] == 255
+
+
+# ------------------------------------------------------------ by several threads
+
+
+class Threads:
+    """A crew whose parts run one after the other, the last first."""
+
+    def __init__(self, threads: int) -> None:
+        self.threads = threads
+        self.parts: list[int] = []
+
+    def run(self, parts: Sequence[Callable[[], None]]) -> None:
+        self.parts.append(len(parts))
+        errors: list[Exception] = []
+        for part in reversed(parts):
+            try:
+                part()
+            except CapacityError as error:
+                errors.append(error)
+        if errors:
+            raise errors[-1]
+
+
+class Recording(Segment):
+    """Tells what is populated, and has no memory at ``full_from``."""
+
+    full_from = 1 << 60
+
+    def _advise_populate(self, address: int, num_bytes: int) -> int:
+        self.__dict__.setdefault("asked", []).append((address - self.address, num_bytes))
+        if address - self.address <= self.full_from < address - self.address + num_bytes:
+            return errno.ENOMEM
+        return super()._advise_populate(address, num_bytes)
+
+
+@pytest.mark.parametrize(
+    ("threads", "step", "parts"), [(2, MIB, 2), (3, MIB, 3), (8, 3 * 4096, 3), (3, 4097, 2), (4, 1, 1), (8, 4 * MIB, 8)]
+)
+def test_a_step_is_shared_out_in_whole_pages_without_a_gap(threads: int, step: int, parts: int) -> None:
+    segment = Recording.create(4 * MIB, 4096)
+    crew = Threads(threads)
+    segment.populate_next(step, crew)
+    assert crew.parts == [parts]
+    place = 0
+    for start, num_bytes in sorted(segment.__dict__["asked"]):
+        assert start == place
+        assert start % 4096 == 0
+        place += num_bytes
+    assert segment.populated_slots == place // 4096 == -(-step // 4096)
+    assert resident_bytes(segment) == place
+    segment.close()
+
+
+def test_a_thread_without_memory_leaves_what_is_before_it_and_nothing_is_kept_behind() -> None:
+    segment = Recording.create(4 * MIB, 8192)
+    segment.full_from = MIB + MIB // 2
+    segment.populate_next(MIB, Threads(4))
+    with pytest.raises(CapacityError, match=f"no memory for bytes {MIB + MIB // 2} to"):
+        segment.populate_next(MIB, Threads(4))
+    assert segment.populated_slots == (MIB + MIB // 2) // 8192
+    assert resident_bytes(segment) == MIB + MIB // 2
+    segment.full_from = 1 << 60
+    segment.populate_next(4 * MIB, Threads(4))
+    assert segment.populated_slots == segment.slots
+    segment.close()
+
+
+def test_nothing_is_asked_of_the_threads_where_all_is_there(segment: Segment) -> None:
+    crew = Threads(4)
+    while segment.populate_next(4 * MIB, crew) < segment.slots:
+        pass
+    assert segment.populate_next(4 * MIB, crew) == 512
+    assert crew.parts == [4]
+    assert segment.unpopulated_bytes == 0
