@@ -62,14 +62,30 @@ def check(session: nox.Session, python: str) -> None:
 
 @nox.session(venv_backend="none")
 def tests(session: nox.Session) -> None:
-    """The one command to trust: lint, then all tests but the long ones. Arguments go to pytest, and then lint is left out."""
+    """The one command to trust: lint, all tests but the long ones, then `cuda`. Arguments go to pytest, and then that is all."""
     python = environment(session)
     if not session.posargs:
         check(session, python)
     infinistore(session, python)
     # A file stays in one process: fixtures of a module are made once, and real vLLM is met by few processes.
     at_once = () if session.posargs else ("-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile")
-    session.run(python, "-m", "pytest", "-m", "not long", *at_once, *session.posargs, external=True)
+    session.run(python, "-m", "pytest", "-m", "not long and not cuda", *at_once, *session.posargs, external=True)
+    if not session.posargs:
+        session.notify("cuda")
+
+
+@nox.session(venv_backend="none")
+def cuda(session: nox.Session) -> None:
+    """The way to a GPU and back, without one: kernels on this CPU and their machine code, the rest on a stand-in for the driver."""
+    python = environment(session)
+    pip(session, python, "install", "--quiet", "--editable", ".[dev,dev-cuda,profiling]")
+    home = session.run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", external=True, silent=True)
+    # The pinned compiler before any other: equal bytes come from an equal nvcc alone.
+    session.env["PATH"] = os.pathsep.join([str(Path(str(home).strip()) / "nvidia" / "cu13" / "bin"), session.env["PATH"]])
+    session.run(python, "cuda/build.py", "--check", external=True)
+    at_once = () if session.posargs else ("-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile")
+    where = session.posargs or ("tests/cuda", "tests/contracts/test_copy_engine.py")
+    session.run(python, "-m", "pytest", "-m", "cuda", *at_once, *where, external=True)
 
 
 @nox.session(venv_backend="none")
