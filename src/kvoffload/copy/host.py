@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
 from kvoffload.copy.engine import Ids
+from kvoffload.copy.ids import OK, own_load, own_save, refusal
 from kvoffload.copy.plan import plan_of
 from kvoffload.errors import CopyError, LayoutError, UnsupportedError
 from kvoffload.layout import BlockLayout
@@ -33,7 +33,6 @@ class HostCopyEngine:
             from kvoffload.copy import native
         except ImportError as error:
             raise UnsupportedError(f"copying on the CPU backend needs numba, which comes with kvoffload: {error}") from error
-        self._native = native
         self._kernels = native.compile_kernels()
         self.block_bytes = layout.payload_bytes
         self.segment = segment
@@ -66,10 +65,7 @@ class HostCopyEngine:
 
     def save(self, blocks: Ids, slots: Ids, epochs: Ids, after: object = None) -> NDArray[np.bool_]:
         """See `CopyEngine.save`."""
-        source, target = _ids(blocks), _ids(slots)
-        planned = _ids(epochs).view(np.uint64)
-        if not len(source) == len(target) == len(planned):
-            raise CopyError(f"a save of {len(source)} blocks into {len(target)} slots with {len(planned)} epochs")
+        source, target, planned = own_save(blocks, slots, epochs)
         flags = np.zeros(len(source), dtype=np.bool_)
         with self._saving:
             self._check_open()
@@ -86,15 +82,13 @@ class HostCopyEngine:
                 self._slots_seen,
                 flags,
             )
-        if outcome != self._native.OK:
-            raise self._refused("save", outcome, source, target)
+        if outcome != OK:
+            raise refusal("save", outcome, source, target, self._num_blocks, self._num_slots)
         return flags
 
     def load(self, slots: Ids, blocks: Ids, after: object = None) -> None:
         """See `CopyEngine.load`."""
-        source, target = _ids(slots), _ids(blocks)
-        if len(source) != len(target):
-            raise CopyError(f"a load of {len(source)} slots into {len(target)} blocks")
+        source, target = own_load(slots, blocks)
         with self._loading:
             self._check_open()
             outcome = self._kernels.load(
@@ -107,8 +101,8 @@ class HostCopyEngine:
                 target,
                 self._blocks_seen,
             )
-        if outcome != self._native.OK:
-            raise self._refused("load", outcome, target, source)
+        if outcome != OK:
+            raise refusal("load", outcome, target, source, self._num_blocks, self._num_slots)
 
     def close(self) -> None:
         """Let go of tensors, segment and ledger, once calls under way have ended. Later calls raise CopyError."""
@@ -120,22 +114,3 @@ class HostCopyEngine:
     def _check_open(self) -> None:
         if self._closed:
             raise CopyError("the copy engine is closed")
-
-    def _refused(self, what: str, outcome: int, blocks: Ids, slots: Ids) -> CopyError:
-        if outcome == self._native.DUPLICATE:
-            return CopyError(f"a {what} of {len(blocks)} blocks names a destination twice; nothing was copied")
-        limit = self._num_blocks if outcome == self._native.BLOCK_RANGE else self._num_slots
-        ids, noun = (blocks, "block") if outcome == self._native.BLOCK_RANGE else (slots, "slot")
-        wrong = ids[(ids < 0) | (ids >= limit)]
-        return CopyError(f"a {what} names {noun} {wrong[0]}, there are {limit}; nothing was copied")
-
-
-def _ids(values: ArrayLike | Sequence[int]) -> NDArray[np.int64]:
-    """A copy of its own, contiguous: what is checked is what is used, whatever the caller does meanwhile."""
-    try:
-        ids = np.array(values, dtype=np.int64, order="C")
-    except (OverflowError, TypeError, ValueError) as error:
-        raise CopyError(f"these are not ids: {error}") from error
-    if ids.ndim != 1:
-        raise CopyError(f"ids must be one-dimensional, these have shape {ids.shape}")
-    return ids

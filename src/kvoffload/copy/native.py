@@ -19,6 +19,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 
+from kvoffload.copy.ids import BLOCK_RANGE, DUPLICATE, OK, SLOT_RANGE
 from kvoffload.errors import UnsupportedError
 from kvoffload.observe.logs import get_logger
 
@@ -44,9 +45,6 @@ def _make_vars_work(library: Any) -> None:
 
 _make_vars_work(ffi.lib)
 
-OK, BLOCK_RANGE, SLOT_RANGE, DUPLICATE = range(4)
-"""What a kernel answers; anything but OK means that nothing was touched."""
-
 _WORD = ir.IntType(64)
 
 
@@ -66,7 +64,7 @@ def _copy(typing_context: Any, to: Any, source: Any, size: Any) -> Any:
 
 
 @intrinsic
-def _store_zero(typing_context: Any, address: Any) -> Any:
+def store_zero(typing_context: Any, address: Any) -> Any:
     """Clear eight bytes."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -77,7 +75,7 @@ def _store_zero(typing_context: Any, address: Any) -> Any:
 
 
 @intrinsic
-def _read_after(typing_context: Any, address: Any) -> Any:
+def read_after(typing_context: Any, address: Any) -> Any:
     """Read a word of the ledger, not before any read that comes earlier in the program (the reader's side of a seqlock)."""
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -124,10 +122,10 @@ def _save(
         block = np.uint64(blocks[index])
         slot = segment + np.uint64(slots[index]) * slot_bytes
         for word in range(8):
-            _store_zero(slot + np.uint64(word * 8))
+            store_zero(slot + np.uint64(word * 8))
         for run in range(plan.shape[0]):
             _copy(slot + plan[run, 3], plan[run, 0] + block * plan[run, 1], plan[run, 2])
-        flags[index] = _read_after(ledger + block * np.uint64(8)) == epochs[index]
+        flags[index] = read_after(ledger + block * np.uint64(8)) == epochs[index]
     return OK
 
 
@@ -160,6 +158,7 @@ _EPOCHS = types.Array(types.uint64, 1, "C")
 _BYTES = types.Array(types.uint8, 1, "C")
 _FLAGS = types.Array(types.boolean, 1, "C")
 _SAVE = types.int64(_PLAN, _ADDRESS, types.uint64, _COUNT, _ADDRESS, _COUNT, _IDS, _IDS, _EPOCHS, _BYTES, _FLAGS)
+_CHECK = types.int64(_IDS, _IDS, _COUNT, _COUNT, _IDS, _BYTES)
 _LOAD = types.int64(_PLAN, _ADDRESS, types.uint64, _COUNT, _COUNT, _IDS, _IDS, _BYTES)
 
 
@@ -174,18 +173,28 @@ class Kernels:
 @cache
 def compile_kernels() -> Kernels:
     """Compile now (about a second; milliseconds when an earlier process left it in numba's cache). Raises UnsupportedError."""
+    return Kernels(save=compile_native(_save, _SAVE), load=compile_native(_load, _LOAD))
+
+
+@cache
+def compile_check() -> Callable[..., int]:
+    """`_check` alone, for copies that others do; arguments as there. Raises UnsupportedError.
+
+    It takes microseconds and keeps the interpreter lock: to have it back would take longer.
+    """
+    return compile_native(_check, _CHECK, nogil=False)
+
+
+def compile_native(function: Callable[..., Any], signature: Any, *, nogil: bool = True, cached: bool = True) -> Callable[..., int]:
+    """Compile a function, which then runs with the interpreter lock released. Raises UnsupportedError."""
     if numba.config.DISABLE_JIT:
         raise UnsupportedError("NUMBA_DISABLE_JIT is set: blocks would be copied by interpreted code")
-    return Kernels(save=_compile(_save, _SAVE), load=_compile(_load, _LOAD))
-
-
-def _compile(function: Callable[..., Any], signature: Any, *, cached: bool = True) -> Callable[..., int]:
     try:
-        compiled: Callable[..., int] = numba.njit(signature, nogil=True, cache=cached)(function)
+        compiled: Callable[..., int] = numba.njit(signature, nogil=nogil, cache=cached)(function)
     except Exception as error:
         if not cached:
             raise UnsupportedError(f"numba cannot compile the copy loops: {error}") from error
         # No writable cache directory, a full disk, or a broken cache file: numba has an error of its own for each.
         get_logger("copy").info("compiling without numba's cache", reason=str(error))
-        return _compile(function, signature, cached=False)
+        return compile_native(function, signature, nogil=nogil, cached=False)
     return compiled

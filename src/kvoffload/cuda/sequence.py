@@ -1,0 +1,241 @@
+"""One copy as one native call: everything that the driver is told for it, with the interpreter lock released from first to last.
+
+Each call of the driver from Python gives the lock up and then waits to get it back, up to 5 ms while vLLM's thread computes in
+Python; a copy makes at least four, and building its descriptors with numpy makes more. Here descriptors are written, submitted and
+waited for, and the ledger is read, by compiled code that calls the driver's functions by address.
+
+Pieces are submitted in *windows*, each one call of the driver: at most so many descriptors and so many bytes, two under way at once.
+
+::
+
+    wait for the mark -> (save: clear headers) -> window 0 -> window 1 -> wait for window 0 -> window 0 -> ... -> wait for the last
+                      -> (save: compare the ledger)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, register_jitable
+
+from kvoffload.copy.native import compile_native, read_after, store_zero
+
+WAIT, RECORD, SYNCHRONIZE, SINGLE, BATCH, LAUNCH = range(6)
+"""Places in the table of addresses; what failed is told by them."""
+
+NAMES = ("cuStreamWaitEvent", "cuEventRecord", "cuEventSynchronize", "cuMemcpyAsync", "cuMemcpyBatchAsync", "cuLaunchKernel")
+SINCE = 12000
+"""The version of CUDA as whose functions all but the batch are looked up."""
+
+STREAM, EVENT_0, EVENT_1, WINDOW_BYTES, ATTRIBUTES, ATTRIBUTES_INDEX, FAIL_INDEX = range(7)
+"""Places in a lane's words. FAIL_INDEX: where the batch writes it, 0 for the form that does not."""
+
+BY_SINGLES, BY_BATCHES, BY_KERNEL = range(3)
+"""How pinned slots are copied; the others always go one by one."""
+
+KERNEL_FUNCTION, KERNEL_GRID, KERNEL_PARAMETERS, KERNEL_ITEMS = range(4)
+"""Places in the kernel's words: KERNEL_ITEMS is the device's copy of the ids, two windows of them."""
+KERNEL_THREADS = 256
+PARAMETER_BLOCKS, PARAMETER_SLOTS, PARAMETER_COUNT = 2, 3, 4
+"""Parameters of a kernel that change from window to window."""
+
+_CODE_BITS = 32
+
+
+@intrinsic
+def _invoke(typing_context: Any, address: Any, arguments: Any) -> Any:
+    """Call the C function at ``address`` with a tuple of integers, each as wide as its type; gives its int."""
+
+    def emit(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        target, packed = values
+        parts = cgutils.unpack_tuple(builder, packed)
+        kind = ir.FunctionType(ir.IntType(32), [part.type for part in parts])
+        return builder.call(builder.inttoptr(target, kind.as_pointer()), parts)
+
+    return types.int32(types.uint64, arguments), emit
+
+
+@register_jitable
+def _failure(function: int, code: Any) -> Any:
+    """0, or the function's place and its return code in one number."""
+    return np.int64(0) if code == 0 else (np.int64(function) << np.int64(_CODE_BITS)) | np.int64(code)
+
+
+@register_jitable
+def _end_window(calls: Any, lane: Any, window: int) -> Any:
+    """The window's event happens when all submitted so far is done."""
+    return _failure(RECORD, _invoke(calls[RECORD], (lane[EVENT_0 + window], lane[STREAM])))
+
+
+@register_jitable
+def _wait_window(calls: Any, lane: Any, window: int) -> Any:
+    return _failure(SYNCHRONIZE, _invoke(calls[SYNCHRONIZE], (lane[EVENT_0 + window],)))
+
+
+@register_jitable
+def _submit_pieces(calls: Any, lane: Any, pieces: Any, count: int, by_batches: bool) -> Any:
+    """One window of descriptors, ``pieces`` being rows of destinations, sources and sizes."""
+    if by_batches:
+        to, source, size = np.uint64(pieces[0].ctypes.data), np.uint64(pieces[1].ctypes.data), np.uint64(pieces[2].ctypes.data)
+        attributes, index, many = lane[ATTRIBUTES], lane[ATTRIBUTES_INDEX], np.uint64(count)
+        if lane[FAIL_INDEX] != 0:
+            arguments_9 = (to, source, size, many, attributes, index, np.uint64(1), lane[FAIL_INDEX], lane[STREAM])
+            return _failure(BATCH, _invoke(calls[BATCH], arguments_9))
+        arguments_8 = (to, source, size, many, attributes, index, np.uint64(1), lane[STREAM])
+        return _failure(BATCH, _invoke(calls[BATCH], arguments_8))
+    for piece in range(count):
+        code = _invoke(calls[SINGLE], (pieces[0, piece], pieces[1, piece], pieces[2, piece], lane[STREAM]))
+        if code != 0:
+            return _failure(SINGLE, code)
+    return np.int64(0)
+
+
+@register_jitable
+def _copy_pieces(
+    calls: Any, lane: Any, descriptors: Any, plan: Any, segment: Any, slot_bytes: Any, to_slots: bool,
+    by_batches: bool, blocks: Any, slots: Any, pinned: Any, wanted: int,
+) -> Any:  # fmt: skip
+    """Copy the items whose slots are ``wanted`` (pinned or not) piece by piece; nothing of it runs any more at the end."""
+    windows = count = 0
+    num_bytes = np.uint64(0)
+    for item in range(blocks.shape[0]):
+        if pinned[item] != wanted:
+            continue
+        block = np.uint64(blocks[item])
+        slot = segment + np.uint64(slots[item]) * slot_bytes
+        for run in range(plan.shape[0]):
+            size = plan[run, 2]
+            if count == descriptors.shape[2] or (count > 0 and num_bytes + size > lane[WINDOW_BYTES]):
+                failure = _submit_pieces(calls, lane, descriptors[windows & 1], count, by_batches)
+                if failure == 0:
+                    failure = _end_window(calls, lane, windows & 1)
+                windows, count, num_bytes = windows + 1, 0, np.uint64(0)
+                if failure == 0 and windows > 1:
+                    failure = _wait_window(calls, lane, windows & 1)  # the one before the last
+                if failure != 0:
+                    return failure
+            in_block, in_slot = plan[run, 0] + block * plan[run, 1], slot + plan[run, 3]
+            descriptors[windows & 1, 0, count] = in_slot if to_slots else in_block
+            descriptors[windows & 1, 1, count] = in_block if to_slots else in_slot
+            descriptors[windows & 1, 2, count] = size
+            count += 1
+            num_bytes += size
+    if count == 0:
+        return np.int64(0)
+    failure = _submit_pieces(calls, lane, descriptors[windows & 1], count, by_batches)
+    if failure == 0:
+        failure = _end_window(calls, lane, windows & 1)
+    return failure if failure != 0 else _wait_window(calls, lane, windows & 1)
+
+
+@register_jitable
+def _launch(calls: Any, lane: Any, kernel: Any, items: Any, parameters: Any, num_runs: int, window: int, count: int) -> Any:
+    """Bring one window of ids, blocks then slots, to the device, and start the kernel on them."""
+    half = np.uint64(count * 8)
+    on_device = kernel[KERNEL_ITEMS] + np.uint64(window * items.shape[1] * 8)
+    code = _invoke(calls[SINGLE], (on_device, np.uint64(items[window].ctypes.data), np.uint64(2) * half, lane[STREAM]))
+    if code != 0:
+        return _failure(SINGLE, code)
+    parameters[PARAMETER_BLOCKS], parameters[PARAMETER_SLOTS] = on_device, on_device + half
+    parameters[PARAMETER_COUNT] = np.uint64(count)
+    one, grid = np.uint32(1), np.uint32(min(kernel[KERNEL_GRID], np.uint64(count * num_runs)))
+    arguments = (
+        kernel[KERNEL_FUNCTION], grid, one, one, np.uint32(KERNEL_THREADS), one, one, np.uint32(0), lane[STREAM],
+        kernel[KERNEL_PARAMETERS], np.uint64(0),
+    )  # fmt: skip
+    return _failure(LAUNCH, _invoke(calls[LAUNCH], arguments))
+
+
+@register_jitable
+def _copy_items(
+    calls: Any, lane: Any, kernel: Any, items: Any, parameters: Any, num_runs: int, item_bytes: Any, blocks: Any, slots: Any, pinned: Any,
+) -> Any:  # fmt: skip
+    """Copy the items whose slots are pinned by the kernel; nothing of it runs any more at the end."""
+    windows = done = 0
+    room = max(np.int64(1), min(np.int64(items.shape[1] // 2), np.int64(lane[WINDOW_BYTES] // item_bytes)))
+    while done < blocks.shape[0]:
+        window = windows & 1
+        if windows > 1:
+            failure = _wait_window(calls, lane, window)
+            if failure != 0:
+                return failure
+        count = 0
+        first = done
+        while done < blocks.shape[0] and count < room:
+            if pinned[done] == 1:
+                items[window, count] = np.uint64(blocks[done])
+                count += 1
+            done += 1
+        if count == 0:
+            break
+        at = count
+        for item in range(first, done):
+            if pinned[item] == 1:
+                items[window, at] = np.uint64(slots[item])
+                at += 1
+        failure = _launch(calls, lane, kernel, items, parameters, num_runs, window, count)
+        if failure == 0:
+            failure = _end_window(calls, lane, window)
+        if failure != 0:
+            return failure
+        windows += 1
+    return _wait_window(calls, lane, (windows - 1) & 1) if windows > 0 else np.int64(0)
+
+
+def _copy(
+    calls: Any, lane: Any, descriptors: Any, kernel: Any, items: Any, parameters: Any, plan: Any, segment: Any, slot_bytes: Any,
+    to_slots: bool, how: int, mark: Any, blocks: Any, slots: Any, pinned: Any, ledger: Any, epochs: Any, flags: Any,
+) -> Any:  # fmt: skip
+    """Copy items between blocks and slots behind ``mark``; 0, or what `_failure` says. ``ledger``, ``epochs``, ``flags``: saves only."""
+    failure = _failure(WAIT, _invoke(calls[WAIT], (lane[STREAM], mark, np.uint32(0))))
+    if failure != 0:
+        return failure
+    if to_slots:
+        for item in range(slots.shape[0]):
+            for word in range(8):
+                store_zero(segment + np.uint64(slots[item]) * slot_bytes + np.uint64(word * 8))
+    if how == BY_KERNEL:
+        item_bytes = np.uint64(0)
+        for run in range(plan.shape[0]):
+            item_bytes += plan[run, 2]
+        failure = _copy_items(calls, lane, kernel, items, parameters, plan.shape[0], item_bytes, blocks, slots, pinned)
+    else:
+        failure = _copy_pieces(
+            calls, lane, descriptors, plan, segment, slot_bytes, to_slots, how == BY_BATCHES, blocks, slots, pinned, 1
+        )  # fmt: skip
+    if failure == 0:
+        failure = _copy_pieces(calls, lane, descriptors, plan, segment, slot_bytes, to_slots, False, blocks, slots, pinned, 0)
+    if failure == 0 and to_slots:
+        for item in range(blocks.shape[0]):
+            flags[item] = read_after(ledger + np.uint64(blocks[item]) * np.uint64(8)) == epochs[item]
+    return failure
+
+
+_WORDS = types.Array(types.uint64, 1, "C")
+_TABLE = types.Array(types.uint64, 2, "C")
+_DESCRIPTORS = types.Array(types.uint64, 3, "C")
+_IDS = types.Array(types.int64, 1, "C")
+_BYTES = types.Array(types.uint8, 1, "C")
+_FLAGS = types.Array(types.boolean, 1, "C")
+_ADDRESS = types.uint64
+_COPY = types.int64(
+    _WORDS, _WORDS, _DESCRIPTORS, _WORDS, _TABLE, _WORDS, _TABLE, _ADDRESS, types.uint64,
+    types.boolean, types.int64, _ADDRESS, _IDS, _IDS, _BYTES, _ADDRESS, _WORDS, _FLAGS,
+)  # fmt: skip
+
+
+def split_failure(failure: int) -> tuple[int, int]:
+    """Which function, as a place in `NAMES`, and its return code."""
+    return failure >> _CODE_BITS, failure & ((1 << _CODE_BITS) - 1)
+
+
+@cache
+def compile_sequence() -> Callable[..., int]:
+    """`_copy`, compiled now or by an earlier process. Raises UnsupportedError."""
+    return compile_native(_copy, _COPY)
