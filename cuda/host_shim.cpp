@@ -10,6 +10,11 @@
 #endif
 #include KV_SOURCE
 
+// A source that holds other kernels names them itself.
+#ifndef KV_KERNELS
+#define KV_KERNELS KV_KERNEL(kv_gather) KV_KERNEL(kv_scatter)
+#endif
+
 #include <stddef.h>
 #include <string.h>
 
@@ -44,13 +49,22 @@ struct Entry<kernel> {
     static constexpr Kernel named(const char* name) { return {name, run, sizeof...(P), {sizeof(P)...}}; }
 };
 
-constexpr Kernel KERNELS[] = {Entry<kv_gather>::named("kv_gather"), Entry<kv_scatter>::named("kv_scatter")};
+#define KV_KERNEL(name) Entry<name>::named(#name),
+constexpr Kernel KERNELS[] = {KV_KERNELS};
 
 const Kernel* find(const char* name) {
     for (const Kernel& kernel : KERNELS) {
         if (strcmp(kernel.name, name) == 0) return &kernel;
     }
     return nullptr;
+}
+
+void run_thread(const Kernel& kernel, uint32_t grid, uint32_t block, uint32_t b, uint32_t t, void** parameters) {
+    gridDim.x = grid;
+    blockDim.x = block;
+    blockIdx.x = b;
+    threadIdx.x = t;
+    kernel.run(parameters);
 }
 
 thread_local bool reversed;
@@ -85,15 +99,20 @@ int kv_launch(const char* name, uint32_t grid, uint32_t block, void** parameters
     const Kernel* const kernel = find(name);
     if (!kernel) return UNKNOWN_KERNEL;
     if (grid == 0 || block == 0 || block > MAX_BLOCK) return BAD_GEOMETRY;
-    gridDim.x = grid;
-    blockDim.x = block;
     for (uint32_t b = 0; b < grid; ++b) {
         for (uint32_t t = 0; t < block; ++t) {
-            blockIdx.x = reversed ? grid - 1 - b : b;
-            threadIdx.x = reversed ? block - 1 - t : t;
-            kernel->run(parameters);
+            run_thread(*kernel, grid, block, reversed ? grid - 1 - b : b, reversed ? block - 1 - t : t, parameters);
         }
     }
+    return LAUNCHED;
+}
+
+// Of such a launch, run one thread alone.
+int kv_launch_thread(const char* name, uint32_t grid, uint32_t block, uint32_t block_index, uint32_t thread_index, void** parameters) {
+    const Kernel* const kernel = find(name);
+    if (!kernel) return UNKNOWN_KERNEL;
+    if (block_index >= grid || thread_index >= block || block > MAX_BLOCK) return BAD_GEOMETRY;
+    run_thread(*kernel, grid, block, block_index, thread_index, parameters);
     return LAUNCHED;
 }
 

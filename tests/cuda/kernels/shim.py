@@ -88,15 +88,25 @@ class Shim:
     def __post_init__(self) -> None:
         self.names = {name: self.prefix + name for name in KERNELS}
 
-    def launch(self, kernel: str, launch: Launch, geometry: Geometry, *, only_count: bool = False) -> tuple[int, int]:
+    def launch(self, kernel: str, launch: Launch, geometry: Geometry) -> tuple[int, int]:
         """Run to the end; the answer is how many 16-byte words of payload were loaded and stored. ValueError where a GPU would refuse."""
+        self.library.kv_set_reverse(int(geometry.reverse))
+        return self._run(self.library.kv_launch, kernel, launch, geometry)
+
+    def count_thread(self, kernel: str, launch: Launch, geometry: Geometry, *, block: int, thread: int) -> tuple[int, int]:
+        """How many words one thread of the launch would load and store; payload is not touched."""
+        self.library.kv_set_only_count(1)
+        try:
+            return self._run(self.library.kv_launch_thread, kernel, launch, geometry, ctypes.c_uint32(block), ctypes.c_uint32(thread))
+        finally:
+            self.library.kv_set_only_count(0)
+
+    def _run(self, function: Any, kernel: str, launch: Launch, geometry: Geometry, *where: ctypes.c_uint32) -> tuple[int, int]:
         values = launch.parameters()
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        self.library.kv_set_reverse(int(geometry.reverse))
-        self.library.kv_set_only_count(int(only_count))
+        name = self.names.get(kernel, kernel).encode()
         self.counters()
-        name = self.names.get(kernel, kernel)
-        code = self.library.kv_launch(name.encode(), ctypes.c_uint32(geometry.grid), ctypes.c_uint32(geometry.block), pointers)
+        code = function(name, ctypes.c_uint32(geometry.grid), ctypes.c_uint32(geometry.block), *where, pointers)
         if code != 0:
             raise ValueError(f"{kernel} was not launched with {geometry}: {code}")
         return self.counters()
