@@ -36,7 +36,7 @@ def offsets(layout: BlockLayout, tensors: dict[str, NDArray[Any]]) -> list[int]:
         ("BLHNC", [0], 3 * PAGE, 3 * PAGE),
         ("BLNHC", [0], 3 * PAGE, 3 * PAGE),
         ("LHBNC", [0, 6 * 32, 12 * 32, 18 * 32, 24 * 32, 30 * 32], 32, 32),
-        ("BHLNC", [0, 96, 32, 128, 64, 160], 3 * PAGE, 32),
+        ("BHLNC", [0], 3 * PAGE, 3 * PAGE),
     ],
 )
 def test_the_layouts_of_vllm(order: str, expected: list[int], stride: int, size: int) -> None:
@@ -141,7 +141,11 @@ BASE = np.zeros(4096, np.uint8)
     ("tensors", "reason"),
     [
         ({}, "no KV tensors"),
-        ({"a": np.zeros((2, 6, 8), np.uint8)}, "does not have the 6 blocks as dimension 0"),
+        ({"a": np.zeros((3, 6, 8), np.uint8)}, "does not have the 6 blocks, or a multiple of them, as dimension 0"),
+        ({"a": np.zeros((8, 6), np.uint8)}, "does not have the 6 blocks"),
+        ({"a": np.zeros((12, 8), np.uint8)}, "does not tell how 6 blocks lie in it"),
+        ({"a": np.zeros(6 * 8, np.uint8)}, "does not tell how 6 blocks lie in it"),
+        ({"a": np.zeros((2, 12), np.uint8)}, "does not tell how 6 blocks lie in it"),
         ({"a": plain(), "b": np.zeros((5, 8), np.uint8)}, "layer b: shape"),
         ({"a": np.zeros((), np.uint8)}, "does not have the 6 blocks"),
         ({"a": np.zeros((6, 0), np.uint8)}, "holds nothing"),
@@ -186,7 +190,60 @@ def test_the_widest_access_is_told(start: int, stride: int, sizes: tuple[int, in
     assert layout_of({"a": views[0], "b": views[1]}).alignment == expected
 
 
-def test_interleaved_layers_do_not_overlap() -> None:
+def test_layers_in_between_each_other_lie_in_a_slot_as_in_memory() -> None:
     storage = BASE[:96].reshape(6, 16)
-    layout = layout_of({"b": storage[:, 8:], "a": storage[:, :8]})
-    assert [run.size for run in layout.runs] == [8, 8]
+    first, second = storage[:, :8], storage[:, 8:]
+    layout = layout_of({"b": second, "a": first})
+    assert layout.runs == (Run(storage.ctypes.data, 16, 16),)
+    assert layout.digest() != layout_of({"a": first, "b": second}).digest()
+    apart = layout_of({"b": second[:, :7], "a": first[:, :7]})
+    assert [run.address - storage.ctypes.data for run in apart.runs] == [0, 8]
+
+
+def test_the_order_of_what_lies_in_between_counts() -> None:
+    """Two layers of the same shape and strides, each in the other's place: their slots differ, so must their digests."""
+    storage = BASE[:96].reshape(6, 16)
+    first, second = storage[:, :7], storage[:, 8:15]
+    assert layout_of({"a": first, "b": second}).digest() != layout_of({"a": second, "b": first}).digest()
+
+
+def test_apart_in_memory_layers_lie_as_registered() -> None:
+    """Where an allocator puts them is chance, and must not be seen in a slot."""
+    low, high = BASE[:48].reshape(6, 8), BASE[1024:1072].reshape(6, 8)
+    one, other = layout_of({"a": low, "b": high}), layout_of({"a": high, "b": low})
+    assert [run.address for run in one.runs] == [low.ctypes.data, high.ctypes.data]
+    assert [run.address for run in other.runs] == [high.ctypes.data, low.ctypes.data]
+    assert one.digest() == other.digest()
+
+
+def test_the_number_of_blocks_does_not_count_in_the_digest() -> None:
+    """Engines have as many blocks as their memory holds, and must be able to share them."""
+    for order in ("LBHNC", "BLHNC", "LHBNC", "BHLNC"):
+        few, many = (layout_of(layers_of(strided(order, SIZES | {"B": blocks}, (0,) * 5)[1]), blocks) for blocks in (6, 7))
+        assert few.digest() == many.digest(), order
+    apart = [layout_of({"a": np.zeros((2, blocks, 4, 8), np.uint8)}, blocks).digest() for blocks in (6, 7)]
+    assert apart[0] == apart[1]
+
+
+def test_blocks_behind_k_and_v() -> None:
+    tensor = np.zeros((2, 6, 4, 8), np.uint8)
+    layout = layout_of({"a": tensor})
+    assert layout.runs == (Run(tensor.ctypes.data, 32, 32), Run(tensor.ctypes.data + 6 * 32, 32, 32))
+    assert layout.digest() != layout_of({"a": tensor.swapaxes(0, 1)}).digest()
+
+
+def test_smaller_blocks_of_the_kernel() -> None:
+    tensor = np.zeros((12, 2, 4, 8), np.uint8)
+    assert layout_of({"a": tensor}).runs == (Run(tensor.ctypes.data, 128, 128),)
+    padded = np.zeros((12, 80), np.uint8)[:, :64].reshape(12, 8, 8, copy=False)
+    assert layout_of({"a": padded}).runs == (Run(padded.ctypes.data, 160, 64), Run(padded.ctypes.data + 80, 160, 64))
+    both = np.zeros((2, 12, 4, 8), np.uint8)
+    assert layout_of({"a": both}).runs == (Run(both.ctypes.data, 64, 64), Run(both.ctypes.data + 12 * 32, 64, 64))
+    whole = layout_of({"a": np.zeros((6, 4, 4, 8), np.uint8)})
+    assert layout_of({"a": tensor}).digest() != whole.digest()
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 4, 8), (2, 4, 4, 8)])
+def test_what_could_be_either_is_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(LayoutError, match="could be dimension 0 or 1"):
+        layout_of({"a": np.zeros(shape, np.uint8)}, 2)

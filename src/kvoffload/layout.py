@@ -1,7 +1,8 @@
 """Where the bytes of an engine block are, found from the strides of vLLM's KV tensors, and how they lie in a slot.
 
 A block is opaque bytes: each tensor's part of it is one or more *runs*, contiguous stretches that repeat from block to block with a
-fixed stride. A slot is ``[64-byte header | runs in order]``, its size rounded up to 4 KiB.
+fixed stride. A slot is ``[64-byte header | runs in order]``, its size rounded up to 4 KiB. The order is that of registration; tensors
+that lie in between each other in memory (blocks outermost) are one run after another as in memory, so that they join.
 """
 
 from __future__ import annotations
@@ -66,26 +67,29 @@ class BlockLayout:
 
     @classmethod
     def from_tensors(cls, kv_caches: Mapping[str, Tensor], num_blocks: int) -> BlockLayout:
-        """Layers in registration order, dimension 0 of each being the block.
+        """Layers in registration order; where the blocks are in each, `block_axis` says.
 
-        Layers that share one tensor (the same memory in the same shape) are copied once. Raises LayoutError for all that it does
-        not understand.
+        Layers that share one tensor (the same memory in the same shape) are copied once. What lies between blocks and belongs to no
+        tensor (padding) is not copied. Raises LayoutError for all that it does not understand.
         """
         if not kv_caches:
             raise LayoutError("no KV tensors were registered")
-        views = [_View.of(name, tensor) for name, tensor in kv_caches.items()]
+        views = [_View.of(name, tensor, num_blocks) for name, tensor in kv_caches.items()]
         devices = {view.device for view in views}
         if len(devices) > 1:
             raise LayoutError(f"the KV tensors are on several devices: {', '.join(sorted(devices))}")
-        distinct = {(view.address, view.shape, view.strides, view.itemsize): view for view in reversed(views)}
-        runs: list[Run] = []
-        for view in views:
-            if distinct[view.address, view.shape, view.strides, view.itemsize] is view:
-                runs.extend(view.runs(num_blocks))
-                if len(runs) > MAX_RUNS:
+        seen: dict[object, int] = {}
+        copied_as = [seen.setdefault(view.place, index) for index, view in enumerate(views)]
+        regions = _regions(views)
+        pieces: list[_Piece] = []
+        for index, view in enumerate(views):
+            if copied_as[index] == index:
+                pieces.extend(_Piece(regions[index], index, number, run) for number, run in enumerate(view.runs()))
+                if len(pieces) > MAX_RUNS:
                     raise LayoutError(f"a block is in more than {MAX_RUNS} pieces: this layout is too fragmented to be copied")
-        _refuse_overlaps(runs, num_blocks)
-        merged = tuple(_merge(runs))
+        _refuse_overlaps([piece.run for piece in pieces], num_blocks)
+        pieces.sort(key=lambda piece: (piece.region, piece.run.address))
+        merged = tuple(_merge([piece.run for piece in pieces]))
         payload_bytes = sum(run.size for run in merged)
         return cls(
             num_blocks=num_blocks,
@@ -94,7 +98,7 @@ class BlockLayout:
             payload_bytes=payload_bytes,
             slot_bytes=-(-(HEADER_BYTES + payload_bytes) // SLOT_ALIGNMENT) * SLOT_ALIGNMENT,
             device=views[0].device,
-            _digest=_digest_of(views),
+            _digest=_digest_of(views, copied_as, pieces),
             keep=tuple(kv_caches.values()),
         )
 
@@ -108,13 +112,39 @@ class BlockLayout:
         return bits & -bits
 
     def digest(self) -> bytes:
-        """16 bytes, equal where a slot's bytes mean the same: names, shapes without the number of blocks, types, strides."""
+        """16 bytes, equal where a slot's bytes mean the same: names, types, shapes and strides of a block, the order in the slot.
+
+        The number of blocks, and with it what lies outside of a block, does not count.
+        """
         return self._digest
+
+
+def block_axis(name: str, shape: Sequence[int], num_blocks: int) -> tuple[int, int]:
+    """The dimension of a KV tensor that counts blocks, and how many of its rows are one block.
+
+    Since 0.29 vLLM's tensors are ``[blocks, heads, tokens, content]``; before, K and V could be apart: ``[2, blocks, ...]``. Where the
+    attention kernel wants smaller blocks than the scheduler's, each of these is as many rows one behind the other. Raises LayoutError
+    for anything else, and for what could be either.
+    """
+    if 0 in shape:
+        raise LayoutError(f"layer {name}: shape {tuple(shape)} holds nothing")
+    found = [axis for axis, count in enumerate(shape[:2]) if count % num_blocks == 0 and (axis == 0 or shape[0] == 2)]
+    if len(found) == 2:
+        raise LayoutError(f"layer {name}: in shape {tuple(shape)} the {num_blocks} blocks could be dimension 0 or 1")
+    if not found:
+        raise LayoutError(
+            f"layer {name}: shape {tuple(shape)} does not have the {num_blocks} blocks, or a multiple of them, as dimension 0 "
+            "(or as 1, behind K and V): this layout is not known"
+        )
+    rows = shape[found[0]] // num_blocks
+    if rows > 1 and len(shape) < found[0] + 3:
+        raise LayoutError(f"layer {name}: shape {tuple(shape)} does not tell how {num_blocks} blocks lie in it")
+    return found[0], rows
 
 
 @dataclass(frozen=True, slots=True)
 class _View:
-    """A tensor in bytes."""
+    """A tensor in bytes, its blocks as dimension 0; where a block is several rows, these are dimension 1."""
 
     name: str
     address: int
@@ -123,15 +153,16 @@ class _View:
     itemsize: int
     dtype: str
     device: str
+    axis: int
 
     @classmethod
-    def of(cls, name: str, tensor: Tensor) -> _View:
+    def of(cls, name: str, tensor: Tensor, num_blocks: int) -> _View:
         if isinstance(tensor, np.ndarray):
             address, itemsize, device = tensor.ctypes.data, tensor.itemsize, "cpu"
-            strides = tuple(int(stride) for stride in tensor.strides)
+            strides = [int(stride) for stride in tensor.strides]
         elif hasattr(tensor, "data_ptr") and hasattr(tensor, "stride"):
             address, itemsize, device = tensor.data_ptr(), tensor.element_size(), str(tensor.device)
-            strides = tuple(int(stride) * itemsize for stride in tensor.stride())
+            strides = [int(stride) * itemsize for stride in tensor.stride()]
         else:
             raise LayoutError(
                 f"layer {name}: the KV cache is a {type(tensor).__name__}, one tensor is expected (hybrid models are not supported)"
@@ -139,18 +170,27 @@ class _View:
         if device.partition(":")[0] not in ("cpu", "cuda"):
             raise LayoutError(f"layer {name}: KV on device {device!r} is not supported, only cpu and cuda")
         if any(stride % itemsize for stride in strides):
-            raise LayoutError(f"layer {name}: strides {strides} are no multiples of the {itemsize} bytes of an element")
-        shape = tuple(int(size) for size in tensor.shape)
-        return cls(name, int(address), shape, strides, itemsize, str(tensor.dtype).removeprefix("torch."), device)
+            raise LayoutError(f"layer {name}: strides {tuple(strides)} are no multiples of the {itemsize} bytes of an element")
+        shape = [int(size) for size in tensor.shape]
+        axis, rows = block_axis(name, shape, num_blocks)
+        stride = strides.pop(axis)
+        del shape[axis]
+        if rows > 1:
+            shape.insert(0, rows)
+            strides.insert(0, stride)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        return cls(name, int(address), (num_blocks, *shape), (stride * rows, *strides), itemsize, dtype, device, axis)
 
-    def runs(self, num_blocks: int) -> Iterator[Run]:
-        if not self.shape or self.shape[0] != num_blocks:
-            raise LayoutError(
-                f"layer {self.name}: shape {self.shape} does not have the {num_blocks} blocks as dimension 0; "
-                "kvoffload knows the layouts of vLLM 0.27 and later"
-            )
-        if 0 in self.shape:
-            raise LayoutError(f"layer {self.name}: shape {self.shape} holds nothing")
+    @property
+    def place(self) -> object:
+        return self.address, self.shape, self.strides, self.itemsize
+
+    @property
+    def end(self) -> int:
+        return self.address + sum(stride * (count - 1) for stride, count in zip(self.strides, self.shape, strict=True)) + self.itemsize
+
+    def runs(self) -> Iterator[Run]:
+        """In order of address."""
         size = self.itemsize
         outer: list[list[int]] = []
         # From the smallest stride to the largest, a dimension must lie wholly inside one step of the next: then no byte is shared.
@@ -175,6 +215,30 @@ class _View:
             raise LayoutError(f"layer {self.name}: one block is in {pieces} pieces, at most {MAX_RUNS} are copied")
         for offsets in product(*reversed(outer)):
             yield Run(self.address + sum(offsets), self.strides[0], size)
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """A run before it is joined to others: the ``number``-th of view ``view``."""
+
+    region: int
+    view: int
+    number: int
+    run: Run
+
+
+def _regions(views: Sequence[_View]) -> list[int]:
+    """For each view the first one of those that lie in between each other in memory; most often that is the view alone."""
+    found = list(range(len(views)))
+    end, together = 0, list[int]()
+    for index in sorted(range(len(views)), key=lambda index: views[index].address):
+        if views[index].address >= end:
+            together = []
+        together.append(index)
+        end = max(end, views[index].end)
+        for member in together:
+            found[member] = min(together)
+    return found
 
 
 def _merge(runs: Sequence[Run]) -> Iterator[Run]:
@@ -213,10 +277,15 @@ def _refuse_overlaps_in(group: Sequence[Run]) -> None:
         raise LayoutError("KV tensors of different layers lie over each other in memory: this layout is not known")
 
 
-def _digest_of(views: Sequence[_View]) -> bytes:
+def _digest_of(views: Sequence[_View], copied_as: Sequence[int], pieces: Sequence[_Piece]) -> bytes:
     digest = hashlib.blake2b(digest_size=16)
-    for view in views:
-        first = next(index for index, other in enumerate(views) if other.address == view.address and other.strides == view.strides)
-        # The block's own stride counts too: it tells padded pages and blocks outermost from the plain layout.
-        digest.update(repr((view.name, view.shape[1:], view.strides, view.itemsize, view.dtype, views[first].name)).encode())
+    for index, view in enumerate(views):
+        # The block's own stride counts too: it tells padded pages and blocks outermost from the plain layout. A stride beyond it
+        # (K apart from V, heads outside of blocks) only says how many blocks there are, beside its place in the order.
+        block_stride, *strides = view.strides
+        inside = [min(stride, block_stride) if count > 1 else 0 for count, stride in zip(view.shape[1:], strides, strict=True)]
+        order = sorted(range(len(inside)), key=lambda axis: strides[axis] if inside[axis] else 0)
+        known = (view.name, view.axis, view.shape[1:], inside, order, block_stride, view.itemsize, view.dtype, views[copied_as[index]].name)
+        digest.update(repr(known).encode())
+    digest.update(np.array([(piece.view, piece.number, piece.run.size) for piece in pieces], dtype="<i8").tobytes())
     return digest.digest()

@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import platform as machine
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kvoffload.errors import UnsupportedError
+from kvoffload.errors import LayoutError, UnsupportedError
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
 
 SUPPORTED = ((0, 32),)
 """Minor versions of vLLM whose hooks were read and run against; any patch release of them is taken. Made to grow."""
@@ -56,6 +60,60 @@ def is_inside_multi_connector() -> bool:
 
     group = getattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", None)
     return type(group).__name__ == "MultiConnector"
+
+
+class Placement(NamedTuple):
+    """Where vLLM says that a layer's blocks are, in bytes of the one allocation that holds all layers."""
+
+    offset: int
+    """Of block 0."""
+    block_stride: int
+    block_bytes: int
+    """Of a block that hold KV: its padding is not counted."""
+
+
+def placements(kv_cache_config: KVCacheConfig) -> dict[str, Placement]:
+    """Of each layer (vLLM tells it since 0.29). Raises LayoutError where it tells of a cache that kvoffload does not know."""
+    from vllm.v1.kv_cache_interface import compute_layer_kv_cache_shape_bytes
+
+    specs = {name: group.kv_cache_spec for group in kv_cache_config.kv_cache_groups for name in group.layer_names}
+    found = {}
+    for tensor in kv_cache_config.kv_cache_tensors:
+        for number, name in enumerate(tensor.layers):
+            spec = specs.get(name)
+            spec = getattr(spec, "kv_cache_specs", {name: spec}).get(name)
+            if spec is None or tensor.host_resident or not spec.has_layer_views:
+                raise LayoutError(f"layer {name}: vLLM keeps its KV in a way that is not known")
+            page = prod(compute_layer_kv_cache_shape_bytes(spec, 1)[1:])
+            found[name] = Placement(tensor.offset + number * tensor.layer_stride, tensor.block_stride, page)
+    return found
+
+
+def check_placement(kv_caches: Mapping[str, torch.Tensor], kv_cache_config: KVCacheConfig) -> None:
+    """Raise LayoutError unless the tensors are where vLLM's own description says, with their blocks as it says.
+
+    A layer that shares the tensor of another may be told of once. Nothing is checked where vLLM describes nothing.
+    """
+    told = placements(kv_cache_config)
+    if not told:
+        return
+    if missing := sorted(told.keys() - kv_caches.keys()):
+        raise LayoutError(f"layer {missing[0]}: vLLM tells of its KV and gave no tensor of it")
+    known = {(kv_caches[name].data_ptr(), tuple(kv_caches[name].shape), kv_caches[name].stride()) for name in told}
+    for name, tensor in kv_caches.items():
+        if name not in told:
+            if (tensor.data_ptr(), tuple(tensor.shape), tensor.stride()) not in known:
+                raise LayoutError(f"layer {name}: vLLM gave a tensor of it and does not tell where its KV is")
+            continue
+        rows, rest = divmod(tensor.shape[0], kv_cache_config.num_blocks)
+        size = tensor.element_size()
+        found = Placement(
+            tensor.data_ptr() - tensor.untyped_storage().data_ptr(),
+            tensor.stride(0) * size * rows,
+            prod(tensor.shape[1:]) * size * rows,
+        )
+        if rest or found != told[name]:
+            raise LayoutError(f"layer {name}: its KV is not where vLLM tells: told {told[name]}, found {found} in {tensor.shape[0]} rows")
 
 
 def attention_identity(vllm_config: VllmConfig, spec: Any) -> dict[str, str]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from kvoffload.config import Config
-from kvoffload.connector import identity, refusals
+from kvoffload.connector import compat, identity, refusals
 from kvoffload.connector.matcher import MatchSettings
 from kvoffload.connector.metadata import WorkerHandshake
 from kvoffload.connector.request_identity import RequestIdentity
@@ -124,7 +124,7 @@ class WorkerHalf:
         self._config = load_config(vllm_config, kv_cache_config)
         profiling.start(self._config.profiling, {"role": "worker"})
         self._wrap = wrap
-        self._num_blocks = kv_cache_config.num_blocks
+        self._kv_cache_config = kv_cache_config
         self._rank = vllm_config.parallel_config.rank
         self._off_reason: str | None = None
         self.settings = WorkerSettings(self._config.loads.start_deadline_ms / 1e3, self._config.match.wait_idle_ms / 1e3)
@@ -135,7 +135,8 @@ class WorkerHalf:
         """Raises what `Rank.prepare` raises."""
         if self.host is not None:
             raise UnsupportedError("the KV cache was registered twice")
-        self.host = WorkerHost.start(self._config, self._rank, kv_caches, self._num_blocks, self._wrap)
+        compat.check_placement(kv_caches, self._kv_cache_config)
+        self.host = WorkerHost.start(self._config, self._rank, kv_caches, self._kv_cache_config.num_blocks, self._wrap)
         self.side = WorkerSide(self.host.runtime, self.settings)
 
     def handshake(self) -> WorkerHandshake:
