@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator, Sequence
 import pytest
 
 from kvoffload.errors import CapacityError, CopyError
-from kvoffload.populate import Populator, Preparation
-from kvoffload.segment import Segment
+from kvoffload.populate import Populator, Preparation, Prepare
+from kvoffload.segment import Crew, Segment
 
 MIB = 1 << 20
 WAIT_S = 20.0
@@ -163,10 +163,12 @@ class Engine:
     def __init__(self) -> None:
         self.asked: list[int] = []
         self.most = 1 << 30
+        self.at_start: list[bool] = []
         self.was_asked = threading.Semaphore(0)
 
-    def prepare(self, populated: int) -> int:
+    def prepare(self, populated: int, *, at_start: bool = False) -> int:
         self.asked.append(populated)
+        self.at_start.append(at_start)
         self.was_asked.release()
         return min(populated, self.most)
 
@@ -182,26 +184,31 @@ class Together:
             part()
 
 
+def gpu(prepare: Prepare, piece_slots: int, crew: Crew | None = None) -> Preparation:
+    return Preparation(prepare, piece_slots, needs_leave=True, crew=crew)
+
+
 def test_the_engine_prepares_piece_by_piece_and_what_it_did_is_reported_at_once(segment: Segment) -> None:
     engine, grown = Engine(), list[tuple[int, int]]()
     populator = Populator(
-        segment, lambda slots: grown.append((slots, len(engine.asked))), step_bytes=MIB, preparation=Preparation(engine.prepare, 200)
+        segment, lambda slots: grown.append((slots, len(engine.asked))), step_bytes=MIB, preparation=gpu(engine.prepare, 200)
     )
     assert populator.first_slots(WAIT_S) == 512
     assert engine.asked == [200, 400, 512]
+    assert engine.at_start == [True] * 3
     assert grown == [(200, 1), (400, 2), (512, 3)]
 
 
 def test_at_the_end_of_its_time_the_start_prepares_less_than_a_piece(segment: Segment) -> None:
     engine = Engine()
-    populator = Populator(segment, lambda slots: None, step_bytes=MIB, preparation=Preparation(engine.prepare, 200))
+    populator = Populator(segment, lambda slots: None, step_bytes=MIB, preparation=gpu(engine.prepare, 200))
     assert populator.first_slots(0.0) == 128
     assert engine.asked == [128]
 
 
 def test_after_the_start_the_engine_is_not_asked_before_it_is_allowed(segment: Segment) -> None:
     engine, grown = Engine(), list[int]()
-    populator = Populator(segment, grown.append, step_bytes=MIB, preparation=Preparation(engine.prepare, 100))
+    populator = Populator(segment, grown.append, step_bytes=MIB, preparation=gpu(engine.prepare, 100))
     populator.first_slots()
     engine.asked.clear()
     populator.start()
@@ -212,17 +219,18 @@ def test_after_the_start_the_engine_is_not_asked_before_it_is_allowed(segment: S
     populator.allow()
     assert populator.wait(WAIT_S)
     assert engine.asked == [228, 328, 428, 512]
+    assert engine.at_start == [True, True] + [False] * 4
     assert grown[-1] == 512
 
 
 def test_once_allowed_it_prepares_while_it_populates(segment: Segment) -> None:
     engine, seen = Engine(), list[int]()
 
-    def prepare(populated: int) -> int:
+    def prepare(populated: int, *, at_start: bool = False) -> int:
         seen.append(segment.populated_slots)
         return engine.prepare(populated)
 
-    populator = Populator(segment, lambda slots: None, step_bytes=MIB, preparation=Preparation(prepare, 128))
+    populator = Populator(segment, lambda slots: None, step_bytes=MIB, preparation=gpu(prepare, 128))
     populator.allow()
     populator.start()
     assert populator.wait(WAIT_S)
@@ -233,7 +241,7 @@ def test_once_allowed_it_prepares_while_it_populates(segment: Segment) -> None:
 def test_an_engine_that_gives_less_is_asked_again_at_the_next_chance_and_not_before(segment: Segment) -> None:
     engine, grown = Engine(), list[int]()
     engine.most = 0
-    populator = Populator(segment, grown.append, step_bytes=4 * MIB, preparation=Preparation(engine.prepare, 256))
+    populator = Populator(segment, grown.append, step_bytes=4 * MIB, preparation=gpu(engine.prepare, 256))
     populator.start()
     until(lambda: segment.populated_slots == 512)
     for _ in range(2):
@@ -247,10 +255,19 @@ def test_an_engine_that_gives_less_is_asked_again_at_the_next_chance_and_not_bef
     assert grown == [256, 512]
 
 
+def test_an_engine_that_needs_no_leave_is_asked_after_each_step(segment: Segment) -> None:
+    engine, grown = Engine(), list[int]()
+    populator = Populator(segment, grown.append, step_bytes=MIB, preparation=Preparation(engine.prepare))
+    assert populator.first_slots() == 128
+    populator.start()
+    assert populator.wait(WAIT_S)
+    assert engine.asked == grown == [128, 256, 384, 512]
+
+
 def test_what_memory_allowed_is_prepared_too() -> None:
     full = FullMachine.create(4 * MIB, 8192)
     engine, grown = Engine(), list[int]()
-    populator = Populator(full, grown.append, step_bytes=MIB, preparation=Preparation(engine.prepare, 1000))
+    populator = Populator(full, grown.append, step_bytes=MIB, preparation=gpu(engine.prepare, 1000))
     populator.allow()
     populator.start()
     assert populator.wait(WAIT_S)
@@ -261,7 +278,7 @@ def test_what_memory_allowed_is_prepared_too() -> None:
 
 def test_waiting_to_be_allowed_ends_with_close(segment: Segment) -> None:
     engine = Engine()
-    populator = Populator(segment, lambda slots: None, step_bytes=MIB, preparation=Preparation(engine.prepare, 100))
+    populator = Populator(segment, lambda slots: None, step_bytes=MIB, preparation=gpu(engine.prepare, 100))
     populator.start()
     until(lambda: segment.populated_slots == 512)
     assert populator.close(WAIT_S)
@@ -272,12 +289,12 @@ def test_close_waits_for_one_piece_and_not_for_all(segment: Segment) -> None:
     reached, go_on = threading.Event(), threading.Event()
     engine = Engine()
 
-    def prepare(populated: int) -> int:
+    def prepare(populated: int, *, at_start: bool = False) -> int:
         reached.set()
         go_on.wait(WAIT_S)
         return engine.prepare(populated)
 
-    populator = Populator(segment, lambda slots: None, step_bytes=4 * MIB, preparation=Preparation(prepare, 100))
+    populator = Populator(segment, lambda slots: None, step_bytes=4 * MIB, preparation=gpu(prepare, 100))
     populator.allow()
     populator.start()
     assert reached.wait(WAIT_S)
@@ -288,10 +305,10 @@ def test_close_waits_for_one_piece_and_not_for_all(segment: Segment) -> None:
 
 
 def test_an_engine_that_fails_ends_the_populator_alone(segment: Segment) -> None:
-    def prepare(populated: int) -> int:
+    def prepare(populated: int, *, at_start: bool = False) -> int:
         raise CopyError("the device is gone")
 
-    populator = Populator(segment, lambda slots: None, step_bytes=MIB, preparation=Preparation(prepare, 100))
+    populator = Populator(segment, lambda slots: None, step_bytes=MIB, preparation=gpu(prepare, 100))
     populator.allow()
     populator.start()
     assert populator.wait(WAIT_S)
@@ -302,7 +319,7 @@ def test_a_crew_takes_longer_steps_but_not_beyond_what_may_be_taken() -> None:
     segment = Segment.create(40 * MIB, 1 * MIB)
     left = iter([9 * MIB, 20 * MIB, 1 * MIB])
     engine, grown = Engine(), list[int]()
-    preparation = Preparation(engine.prepare, 1000, Together())
+    preparation = gpu(engine.prepare, 1000, Together())
     populator = Populator(segment, grown.append, headroom=lambda: next(left), step_bytes=2 * MIB, preparation=preparation)
     assert populator.first_slots(WAIT_S) == 29
     segment.close()

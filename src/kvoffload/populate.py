@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 from kvoffload.errors import CapacityError
 from kvoffload.observe.logs import get_logger
@@ -14,20 +15,30 @@ from kvoffload.segment import STEP_BYTES, Crew, Segment
 
 log = get_logger("populate")
 
+MOST_ASKS = 64
+"""For slots that an engine does not give: parts of a page, where memory ran out there. Each costs a step of vLLM some microseconds."""
+
 CREW_STEP_BYTES = 8 * STEP_BYTES
 """Of several threads together: long enough that starting them costs nothing."""
+
+
+class Prepare(Protocol):
+    """`kvoffload.copy.engine.CopyEngine.prepare_slots`: how many slots may be used, given that so many are in memory."""
+
+    def __call__(self, populated: int, *, at_start: bool = False) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Preparation:
     """What populated slots need before they may be copied to: a GPU's engine pins them.
 
-    ``prepare(populated)`` gives the slots that may be used, and is called for ``piece_slots`` more each time, or for the last few. It
-    may not be called just any time: from `Populator.first_slots`, and then only after `Populator.allow`.
+    The engine is asked for ``piece_slots`` more at a time, or for the last few; None: for all there are after each step. ``needs_leave``:
+    besides at the start it is not asked before `Populator.allow`.
     """
 
-    prepare: Callable[[int], int]
-    piece_slots: int
+    prepare: Prepare
+    piece_slots: int | None = None
+    needs_leave: bool = False
     crew: Crew | None = None
 
 
@@ -76,10 +87,10 @@ class Populator:
                 if not segment.populated_slots:
                     raise
                 is_short = True
-            self._prepare_pieces(all_of_it=False)
+            self._prepare_pieces(at_start=True)
             if segment.populated_slots and self._clock() >= deadline:
                 break
-        self._prepare_pieces(all_of_it=True)
+        self._prepare_pieces(all_of_it=True, at_start=True)
         return self._usable
 
     def start(self) -> None:
@@ -115,8 +126,8 @@ class Populator:
         try:
             while self._segment.populated_slots < self._segment.slots and not self._stop.is_set():
                 self._step()
-                if self._preparation is None or self._go_on.is_set():
-                    self._prepare_pieces(all_of_it=False)
+                if self._go_on.is_set() or self._preparation is None or not self._preparation.needs_leave:
+                    self._prepare_pieces()
         except CapacityError as error:
             self.error = error
             log.warning(
@@ -128,12 +139,14 @@ class Populator:
 
     def _prepare_rest(self) -> None:
         """Also what is less than a piece. An engine that gives fewer slots than asked for is asked again when next allowed to."""
-        if self._preparation is None:
-            return
-        while self._usable < self._segment.populated_slots and not self._stop.is_set():
+        asks = 0
+        while self._preparation is not None and self._usable < self._segment.populated_slots and asks < MOST_ASKS:
             self._go_on.wait()
             self._go_on.clear()
+            if self._stop.is_set():
+                return
             self._prepare_pieces(all_of_it=True)
+            asks += 1
 
     def _step(self) -> None:
         step_bytes = self._step_bytes if self._crew is None else max(self._step_bytes, CREW_STEP_BYTES)
@@ -145,20 +158,21 @@ class Populator:
             step_bytes = min(step_bytes, left)
         self._segment.populate_next(step_bytes, self._crew)
 
-    def _prepare_pieces(self, *, all_of_it: bool) -> None:
+    def _prepare_pieces(self, *, all_of_it: bool = False, at_start: bool = False) -> None:
         """Prepare and report what is populated, piece by piece: what is done may be used while the next is at work."""
         populated, preparation = self._segment.populated_slots, self._preparation
         if preparation is None:
             self._report(populated)
             return
         while self._usable < populated and not self._stop.is_set():
-            upto = min(populated, self._usable + preparation.piece_slots)
-            if upto - self._usable < preparation.piece_slots and not all_of_it:
+            upto = populated if preparation.piece_slots is None else self._usable + preparation.piece_slots
+            if upto > populated and not all_of_it:
                 return
-            usable = preparation.prepare(upto)
+            upto = min(upto, populated)
+            usable = preparation.prepare(upto, at_start=at_start)
+            if usable <= self._usable:
+                return
             self._report(usable)
-            if usable < upto:
-                return
 
     def _report(self, usable: int) -> None:
         if usable > self._usable:

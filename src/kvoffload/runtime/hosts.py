@@ -41,7 +41,11 @@ class WorkerHost:
     def __init__(self, config: Config, rank: Rank, listener: link.Listener) -> None:
         self.loop = LoopThread("worker", lambda error: self.runtime.turn_off(f"the worker's loop failed: {error!r}"))
         self.loop.start()
-        self.runtime = WorkerRuntime(config, rank, self.loop.call_soon)
+        try:
+            self.runtime = WorkerRuntime(config, rank, self.loop.call_soon)
+        except BaseException:
+            self.loop.stop(1.0)
+            raise
         self._listener = listener
         self._serving: anyio.CancelScope | None = None
         self._link: link.Link | None = None
@@ -57,7 +61,12 @@ class WorkerHost:
         except BaseException:
             listener.close()
             raise
-        host = cls(config, rank, listener)
+        try:
+            host = cls(config, rank, listener)
+        except BaseException:
+            rank.close()
+            listener.close()
+            raise
         link.register_half(host.address.token, host)
         try:
             host.runtime.start()

@@ -1,22 +1,17 @@
-"""One rank's half: its tensors, its segment of slots, its copy threads, and the GpuCopy actor that leads them."""
+"""One rank's half at work: its slots as they become usable, its copy threads, and the GpuCopy actor that leads them."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Sequence
 
 from kvoffload.actors.gpu_copy import FromGpuCopy, GpuCopy, GpuCopyConfig
 from kvoffload.bridge import Inbox
 from kvoffload.config import Config
-from kvoffload.copy.engine import CopyEngine
 from kvoffload.copy.hands import CopyFact, CopyHands, HandsConfig, LoadJob
-from kvoffload.copy.host import HostCopyEngine
-from kvoffload.copy.proof import prove
-from kvoffload.errors import CapacityError
-from kvoffload.layout import BlockLayout, Tensor
 from kvoffload.ledger import Ledger
-from kvoffload.limits import available_bytes, check_capacity
+from kvoffload.limits import available_bytes
 from kvoffload.mailbox import OnFull, Receiver, Sender, open_mailbox
 from kvoffload.mailbox_state import CallSoon
 from kvoffload.messages import (
@@ -32,44 +27,14 @@ from kvoffload.messages import (
 )
 from kvoffload.observe.logs import get_logger
 from kvoffload.populate import Populator
-from kvoffload.segment import Segment
+from kvoffload.runtime.rank import Rank, WrapEngine
 from kvoffload.supervisor import Child, RestartPolicy, Supervisor
 
 log = get_logger("worker")
 
-WrapEngine = Callable[[CopyEngine], CopyEngine]
+__all__ = ["FromRank", "Rank", "WorkerRuntime", "WrapEngine"]
+
 FromRank = FromGpuCopy | ConnectorOff
-
-
-@dataclass(frozen=True, slots=True)
-class Rank:
-    """What a worker half made of its tensors: proven, and not moving anything yet."""
-
-    number: int
-    layout: BlockLayout
-    segment: Segment
-    engine: CopyEngine
-
-    @classmethod
-    def prepare(cls, config: Config, number: int, kv_caches: Mapping[str, Tensor], num_blocks: int, wrap: WrapEngine) -> Rank:
-        """Check memory, make the segment, compile the engine and prove the layout. Raises UnsupportedError, LayoutError, CapacityError."""
-        layout = BlockLayout.from_tensors(kv_caches, num_blocks)
-        if layout.slot_bytes > config.l1.capacity_bytes:
-            raise CapacityError(
-                f"l1.capacity_bytes = {config.l1.capacity_bytes} holds not one block: a block of all layers takes {layout.slot_bytes} bytes"
-            )
-        check_capacity(config.l1.capacity_bytes, config.l1.reserve_bytes)
-        segment = Segment.create(config.l1.capacity_bytes, layout.slot_bytes)
-        ledger = Ledger(num_blocks)  # for the proof alone: the scheduler's comes with `WorkerRuntime.attach`
-        try:
-            engine = HostCopyEngine(layout, segment, ledger)
-            prove(layout, engine, kv_caches, segment, ledger)
-        except BaseException:
-            segment.close()
-            raise
-        finally:
-            ledger.close()
-        return cls(number, layout, segment, wrap(engine))
 
 
 class WorkerRuntime:
@@ -102,16 +67,17 @@ class WorkerRuntime:
         )
         self.hands = CopyHands(rank.engine, self._on_load_ended, self._facts.owe, hands_config)
         self._gpu_copy = GpuCopy(GpuCopyConfig(rank=rank.number), self.hands, receiver, self._report)
-        self._populator = Populator(rank.segment, self._segment_grown, headroom=self._headroom)
+        self._populator = Populator(rank.segment, self._segment_grown, headroom=self._headroom, preparation=rank.preparation(config))
 
     # ------------------------------------------------------------ life
 
     def start(self) -> None:
-        """Make the first slots usable, and start the threads. The rest of the slots follow once the hub is there. Raises CapacityError."""
-        segment = self.rank.segment
-        while not segment.populate_next():
-            pass
-        self._segment_grown(segment.populated_slots)
+        """Make the first slots usable, and start the threads. The rest of the slots follow once the hub is there. Raises CapacityError.
+
+        On a GPU this takes ``gpu.pin_at_start_s``: now no CUDA graph is being captured, and after this only when the first step has run.
+        """
+        self._populator.first_slots(self._config.gpu.pin_at_start_s if self.rank.gpu is not None else 0.0)
+        self.rank.tell()
         self.hands.start()
         self._is_started = True
         self._populate_rest()
@@ -158,16 +124,23 @@ class WorkerRuntime:
         return True
 
     def close(self, timeout_s: float) -> bool:
-        """End the threads, and with them `run`. False when a copy is still running: then the segment is left to the end of the process."""
+        """End the threads, and with them `run`, and give all memory back. False when a copy is still running, or the driver at work:
+        then the memory is left to the end of the process.
+        """
         self.off_reason = self.off_reason or "closed"
+        deadline = time.monotonic() + timeout_s
         ended = self._populator.close(timeout_s / 2)
         ended = self.hands.close(timeout_s / 2) and ended
         self._grants.close()
         self._facts.close()
-        if ended:
-            self.rank.engine.close()
-            self.rank.segment.close()
-        return ended
+        return ended and self._give_back(deadline)
+
+    def _give_back(self, deadline: float) -> bool:
+        """In a thread: a driver takes seconds for a hundred GiB, and an engine that ends has no time for that."""
+        thread = threading.Thread(target=self.rank.close, name="kvoffload-close", daemon=True)
+        thread.start()
+        thread.join(max(0.1, deadline - time.monotonic()))
+        return not thread.is_alive()
 
     # ------------------------------------------------------------ from the hub
 
@@ -198,7 +171,9 @@ class WorkerRuntime:
     # ------------------------------------------------------------ CopyPort
 
     def mark(self) -> object:
-        return self.rank.engine.mark()
+        mark = self.rank.engine.mark()
+        self._populator.allow()  # a real step is being run: graphs were captured before
+        return mark
 
     def save(self, message: SaveBlocks) -> bool:
         return self.hands.saved(message)
