@@ -23,6 +23,7 @@ from kvoffload.errors import UnsupportedError
 from kvoffload.l2 import infinistore_socket, infinistore_wire
 from kvoffload.l2.infinistore_socket import (
     CLOSED,
+    CONTROL_WORDS,
     DISCARD,
     DONTWAIT,
     EXPIRED,
@@ -42,12 +43,14 @@ from kvoffload.l2.infinistore_socket import (
     has_time,
     look,
     next_phase,
+    octets,
     quick_ack,
     receive_all,
     receive_codes,
     recv,
     send_all,
     word32,
+    words,
 )
 from kvoffload.l2.infinistore_wire import (
     MOST_PART_BYTES,
@@ -73,7 +76,7 @@ value's last part. Right behind it in memory is the next `REQUEST`.
 PLAN_COLUMNS = 7
 
 _MAGIC_WORD = int.from_bytes(POINTER_MAGIC, "little")
-_POINTER_BYTES = POINTER.size
+_POINTER_BYTES, _POINTER_WORDS = POINTER.size, POINTER.size // 8
 _CHECKED_WORDS = POINTER_CHECKED_BYTES // 8
 _FINISHED, _FULL = int(Code.FINISHED), int(Code.FULL)
 _DONE, _NOT_THERE, _NO_ROOM, _MALFORMED = (int(outcome) for outcome in (Outcome.DONE, Outcome.ABSENT, Outcome.FULL, Outcome.MALFORMED))
@@ -239,17 +242,12 @@ def _write(fd: int, plan: Any, outcomes: Any, control: Any) -> Any:
 
 
 _WORD = types.int64
-_CONTROL = types.Array(types.int64, 1, "C")
-_TABLE = types.Array(types.int64, 2, "C")
-_BYTES = types.Array(types.uint8, 1, "C")
-_ASK = _WORD(_WORD, _WORD, _WORD, _WORD, _WORD, _CONTROL)
-_READ = _WORD(_WORD, _TABLE, _BYTES, _TABLE, _WORD, _WORD, _BYTES, _CONTROL)
-_WRITE = _WORD(_WORD, _TABLE, _BYTES, _CONTROL)
+_ASK, _READ, _WRITE = (_WORD(*[_WORD] * count) for count in (6, 9, 5))
 
 
 @dataclass(frozen=True, slots=True)
 class Loops:
-    """The compiled loops; arguments as in `_ask`, `_read` and `_write` above."""
+    """The compiled loops; arguments as in `_entries` below, all of them numbers: numba takes microseconds to look into an array."""
 
     ask: Callable[..., int]
     read: Callable[..., int]
@@ -280,17 +278,18 @@ def _entries(digest: int) -> tuple[Callable[..., Any], ...]:
     """The loops as functions whose closure holds ``digest``. numba's cache looks at the file, the code and the closure of the function that
     it compiles, and at nothing that this one calls: without it a change elsewhere would go unnoticed."""
 
-    def ask(fd: int, requests: int, requests_bytes: int, answers: int, answers_bytes: int, control: Any) -> Any:
+    def ask(fd: int, requests: int, requests_bytes: int, answers: int, answers_bytes: int, control: int) -> Any:
         digest  # noqa: B018
-        return _ask(fd, requests, requests_bytes, answers, answers_bytes, control)
+        return _ask(fd, requests, requests_bytes, answers, answers_bytes, words(control, 1, CONTROL_WORDS)[0])
 
-    def read(fd: int, plan: Any, arena: Any, cells: Any, cells_address: int, scratch: int, outcomes: Any, control: Any) -> Any:
+    def read(fd: int, count: int, plan: int, arena: int, arena_bytes: int, cells: int, scratch: int, outcomes: int, control: int) -> Any:
         digest  # noqa: B018
-        return _read(fd, plan, arena, cells, cells_address, scratch, outcomes, control)
+        table, pointers, state = words(plan, count, PLAN_COLUMNS), words(cells, count, _POINTER_WORDS), words(control, 1, CONTROL_WORDS)[0]
+        return _read(fd, table, octets(arena, arena_bytes), pointers, cells, scratch, octets(outcomes, count), state)
 
-    def write(fd: int, plan: Any, outcomes: Any, control: Any) -> Any:
+    def write(fd: int, count: int, plan: int, outcomes: int, control: int) -> Any:
         digest  # noqa: B018
-        return _write(fd, plan, outcomes, control)
+        return _write(fd, words(plan, count, PLAN_COLUMNS), octets(outcomes, count), words(control, 1, CONTROL_WORDS)[0])
 
     return ask, read, write
 

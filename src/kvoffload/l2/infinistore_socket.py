@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import errno
 import socket
+from array import array
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import carray, types
 from numba.extending import intrinsic, register_jitable
 
 import kvoffload.copy.native  # noqa: F401 - makes llvmlite bearable to vLLM
@@ -57,6 +58,26 @@ def word32(typing_context: Any, address: Any) -> Any:
         return builder.load(builder.inttoptr(arguments[0], ir.IntType(32).as_pointer()))
 
     return types.int32(types.int64), emit
+
+
+@intrinsic
+def _pointer(typing_context: Any, address: Any) -> Any:
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
+
+    return types.voidptr(types.int64), emit
+
+
+@register_jitable
+def words(address: int, rows: int, columns: int) -> Any:
+    """The int64 there, as an array."""
+    return carray(_pointer(address), (rows, columns), np.int64)
+
+
+@register_jitable
+def octets(address: int, count: int) -> Any:
+    """The bytes there, as an array."""
+    return carray(_pointer(address), (count,), np.uint8)
 
 
 @register_jitable
@@ -210,10 +231,13 @@ def receive_codes(fd: int, count: int, control: Any) -> Any:
     return OK
 
 
-def new_control() -> Any:
-    """The state of a transfer that has not begun. int64, `CONTROL_WORDS` long; must not be moved."""
-    control = np.zeros(CONTROL_WORDS, np.int64)
-    control[SLICE_MOST] = SLICE_NS
-    control[ONE] = 1
-    control[HERE] = control.__array_interface__["data"][0]
-    return control
+def new_control() -> tuple[array[int], int]:
+    """The state of a transfer that has not begun, and its address. int64, `CONTROL_WORDS` long; must not grow."""
+    control = array("q", _NEW)
+    address, _ = control.buffer_info()
+    control[HERE] = address
+    return control, address
+
+
+_NEW = array("q", bytes(CONTROL_WORDS * 8))
+_NEW[SLICE_MOST], _NEW[ONE] = SLICE_NS, 1

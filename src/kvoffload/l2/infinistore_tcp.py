@@ -73,7 +73,7 @@ class InfiniStoreTcpNode:
         self._urgent: deque[Transfer] = deque()
         self._reads: deque[Transfer] = deque()
         self._writes: deque[Transfer] = deque()
-        self._waiting: dict[Transfer, asyncio.Future[None]] = {}
+        self._waiting: dict[Transfer, _Call] = {}
         self._lanes: set[Lane] = set()
         self._open: list[Lane] = []  # idle, the one used last at the end
         self._cold: list[Lane] = []  # idle, without a connection
@@ -138,9 +138,8 @@ class InfiniStoreTcpNode:
                     transfer.stop()
             for lane in self._lanes:
                 lane.end()
-        waiting = [future for future in self._waiting.values() if not future.done()]
-        if waiting:
-            await asyncio.wait(waiting)
+        for call in set(self._waiting.values()):
+            await call.is_over.wait()
         if self._lanes:
             self._all_ended = self._all_ended or asyncio.Event()
             with anyio.move_on_after(_CLOSE_S):
@@ -167,22 +166,25 @@ class InfiniStoreTcpNode:
         if not transfers or left_s <= 0 or self._is_closed:
             return
         self._loop = loop = asyncio.get_running_loop()
-        futures = [loop.create_future() for _ in transfers]
-        for transfer, future in zip(transfers, futures, strict=True):
-            self._waiting[transfer] = future
+        call = _Call(len(transfers))
+        for transfer in transfers:
+            self._waiting[transfer] = call
             (self._writes if transfer.is_write else self._urgent if transfer.is_urgent else self._reads).append(transfer)
-        timer = loop.call_later(left_s, self._withdraw, transfers)
+        timer = None
         try:
             self._dispatch()
-            await asyncio.wait(futures)  # a cancellation does not reach these: threads may still have the buffers
+            if not all([transfer.is_under_way for transfer in transfers]):  # those that are see to their deadline themselves
+                timer = loop.call_later(left_s, self._withdraw, transfers)
+            await call.is_over.wait()
         except BaseException:  # a cancellation, or a bug: nothing of this call may touch a buffer behind it
             self._withdraw(transfers)
             for transfer in transfers:
                 transfer.stop()
-            await _until_done(futures)
+            await call.until_over()
             raise
         finally:
-            timer.cancel()
+            if timer is not None:
+                timer.cancel()
         for transfer in transfers:
             if transfer.error is not None:
                 raise transfer.error
@@ -200,9 +202,11 @@ class InfiniStoreTcpNode:
         self._settle(transfer)
 
     def _settle(self, transfer: Transfer) -> None:
-        future = self._waiting.pop(transfer, None)
-        if future is not None and not future.done():
-            future.set_result(None)
+        call = self._waiting.pop(transfer, None)
+        if call is not None:
+            call.left -= 1
+            if not call.left:
+                call.is_over.set()
 
     # ------------------------------------------------------------ lanes
 
@@ -213,9 +217,11 @@ class InfiniStoreTcpNode:
             if transfer not in self._waiting:
                 queue.popleft()
                 continue
+            has_connection = bool(self._open)
             lane = self._lane(transfer.is_probe)
             if lane is not None:
                 queue.popleft()
+                transfer.is_under_way = has_connection
                 if transfer.is_write:
                     self._writing.add(lane)
                 lane.give(transfer)
@@ -283,6 +289,8 @@ class InfiniStoreTcpNode:
 
 def _cut(sizes: Sequence[int], connections: int) -> list[list[int]]:
     """The places of each share. Connections take turns, so that what is done when time runs out is the beginning; bounded shares."""
+    if len(sizes) == 1:
+        return [[0]]
     shares: list[list[int]] = []
     first, total = 0, 0
     for place, size in enumerate(sizes):
@@ -297,9 +305,18 @@ def _deal(places: range, connections: int) -> list[list[int]]:
     return [list(places[start::connections]) for start in range(min(connections, len(places)))]
 
 
-async def _until_done(futures: Sequence[asyncio.Future[None]]) -> None:
-    """However often the task is cancelled meanwhile, by anyio or by asyncio: it takes 20 ms."""
-    with anyio.CancelScope(shield=True):
-        while pending := [future for future in futures if not future.done()]:
-            with suppress(asyncio.CancelledError):
-                await asyncio.wait(pending)
+class _Call:
+    """What it waits for. It is over when no thread has any of its buffers."""
+
+    __slots__ = ("is_over", "left")
+
+    def __init__(self, transfers: int) -> None:
+        self.left = transfers
+        self.is_over = asyncio.Event()
+
+    async def until_over(self) -> None:
+        """However often the task is cancelled meanwhile, by anyio or by asyncio: it takes 20 ms."""
+        with anyio.CancelScope(shield=True):
+            while self.left:
+                with suppress(asyncio.CancelledError):
+                    await self.is_over.wait()

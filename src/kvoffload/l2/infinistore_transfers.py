@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
 from ctypes import addressof, c_char
-from itertools import accumulate
-from operator import add
 from typing import Any
 
 import numpy as np
@@ -60,9 +59,11 @@ class Transfer:
         self.deadline = deadline
         self.error: BaseException | None = None
         self.is_withdrawn = False
+        self.is_under_way = False
+        """Given to a lane that has a connection, which claims it at once."""
         self.trouble = ""
         """Why it failed, where the connection was the reason."""
-        self._control = wired.new_control()
+        self._control, self._control_address = wired.new_control()
         self._ticket = [None]  # whoever pops it has it: popping is atomic
 
     def claim(self) -> bool:
@@ -84,7 +85,7 @@ class Transfer:
         self.prepare()
         status = self.transfer(fd)
         if status == wired.CLOSED:
-            number = int(self._control[wired.ERRNO])
+            number = self._control[wired.ERRNO]
             self.trouble = os.strerror(number) if number else "it hung up"
         elif status == wired.NONSENSE:
             self.trouble = "its answer makes no sense: is this the data port of an InfiniStore server?"
@@ -93,7 +94,7 @@ class Transfer:
         return status
 
     def finish(self, fd: int, until_ns: int) -> int:
-        """Go on with what `run` left outstanding. EXPIRED: call it again."""
+        """Go on with what `run` left. EXPIRED: call it again."""
         self._control[wired.STOP] = 0
         self._control[wired.DEADLINE_NS] = until_ns
         self._control[wired.SLICE_MOST] = FINISH_SLICE_NS
@@ -124,10 +125,10 @@ class Transfer:
 
 
 class _Asking(Transfer):
-    """Has a list of questions whose answers are two ``i32`` each."""
+    """Has questions for the server."""
 
-    def _ask(self, fd: int, requests: Any, answers: Any) -> int:
-        return native.loops().ask(fd, _address(requests), requests.nbytes, _address(answers), answers.nbytes, self._control)
+    def _ask(self, fd: int, questions: Questions) -> int:
+        return native.loops().ask(fd, *questions.memory, self._control_address)
 
 
 class Find(_Asking):
@@ -141,22 +142,22 @@ class Find(_Asking):
         self.found: list[bool] | None = None
         self.seconds = 0.0
         self._keys = keys
-        self._parts: list[tuple[Any, Any]] = []
+        self._parts: list[Questions] = []
 
     def prepare(self) -> None:
-        self._parts = [_questions(self._keys[start : start + MOST_ASKED]) for start in range(0, len(self._keys), MOST_ASKED)]
+        self._parts = [_whether_there(self._keys[start : start + MOST_ASKED]) for start in range(0, len(self._keys), MOST_ASKED)]
 
     def transfer(self, fd: int) -> int:
         started = time.perf_counter()
         found: list[bool] = []
         while self._parts:
-            requests, answers = self._parts[0]
-            status = self._ask(fd, requests, answers)
+            status = self._ask(fd, self._parts[0])
             if status != wired.OK:
                 return status
-            if not _make_sense(answers):
+            answers = self._parts[0].answers()
+            if answers is None:
                 return wired.NONSENSE
-            found += (answers[:, 1] == 0).tolist()
+            found += [answer == 0 for answer in answers]
             del self._parts[0]
             if self._control[wired.DISCARD]:
                 return wired.OK
@@ -172,15 +173,15 @@ class Values(_Asking):
         self._items = items
         self._keys: list[bytes] = []
         self._views: list[Any] = []
-        self._arena = self._plan = _NOTHING
-        self._outcomes = np.full(len(items), Outcome.LATE, np.uint8)
+        self._arena, self._plan = bytearray(), array("q")
+        self._outcomes = bytearray(_LATE * len(items))
         self.outcomes = [Outcome.LATE] * len(items)
 
     def conclude(self, status: int) -> None:
         # A server without room for one value has none for the next of its size, and has hung up.
         rest = {wired.EXPIRED: Outcome.LATE, wired.REFUSED: Outcome.FULL}.get(status, Outcome.FAILED)
         told = _OUTCOMES | {int(Outcome.LATE): rest, native.DANGLING: Outcome.ABSENT}
-        self.outcomes = [told[outcome] for outcome in self._outcomes.tolist()]
+        self.outcomes = [told[outcome] for outcome in self._outcomes]
         self._views = []
         self._items = ()
 
@@ -189,9 +190,9 @@ class Values(_Asking):
         seen: list[tuple[int, int]] = []
         for item in self._items:
             if item.buffer.readonly:
-                array = np.frombuffer(item.buffer, np.uint8)
-                self._views.append(array)
-                seen.append((_address(array), item.buffer.nbytes))
+                view = np.frombuffer(item.buffer, np.uint8)
+                self._views.append(view)
+                seen.append((_start(view), item.buffer.nbytes))
             else:  # a third of the time
                 first = c_char.from_buffer(item.buffer)
                 self._views.append(first)
@@ -204,7 +205,8 @@ class Read(Values):
 
     def __init__(self, deadline: float, items: Sequence[Item]) -> None:
         super().__init__(deadline, items)
-        self._cells = self._request = self._deleted = _NOTHING
+        self._cells = array("q")
+        self._deletion: Questions | None = None
         self._dangling: list[bytes] = []
 
     def prepare(self) -> None:
@@ -212,32 +214,34 @@ class Read(Values):
             return
         self._keys = [item.name.encode() for item in self._items]
         parts: list[bytes] = []
-        firsts, seconds, holes, key_bytes, place = [], [], [], -1, 0
-        head, tail, hole, first, second = b"", b"", 0, payload_template(GET, 1, 0), payload_template(GET, 1, 0)
-        for key in self._keys:
+        rows: list[int] = []
+        key_bytes, place = -1, 0
+        head, middle, tail, first_bytes, second_bytes, hole = b"", b"", b"", 0, 0, 0
+        for key, (address, size) in zip(self._keys, self._see(), strict=True):
             if len(key) != key_bytes:  # as good as never
                 key_bytes = len(key)
                 first, second = payload_template(GET, key_bytes, 0), payload_template(GET, key_bytes + _KEY_TAIL_BYTES, 0)
-                head, tail = first.tail + second.head, value_key(b"", _HOLE) + second.tail
-                hole = len(first.fill(key)) + len(second.head) + key_bytes + 1
-            parts += (first.head, key, head, key, tail)
-            firsts.append(len(first.head) + key_bytes + len(first.tail))
-            seconds.append(key_bytes + len(second.head) + len(tail))
-            holes.append(place + hole)
-            place += firsts[-1] + seconds[-1]
-        self._arena, self._plan = _arena_and_plan(parts, firsts, seconds, self._see())
-        self._plan[:, native.NONCE] = holes
-        self._cells = np.zeros((len(self._keys), POINTER.size // 8), np.int64)
+                head, middle, tail = first.head, first.tail + second.head, value_key(b"", _HOLE) + second.tail
+                first_bytes, second_bytes = len(first.fill(key)), len(second.head) + key_bytes + len(tail)
+                hole = first_bytes + len(second.head) + key_bytes + 1
+            parts += (head, key, middle, key, tail)
+            rows += (place, first_bytes, address, size, place + first_bytes, second_bytes, place + hole)
+            place += first_bytes + second_bytes
+        self._arena = bytearray(b"".join(parts))
+        self._plan = _plan(rows, self._arena)
+        self._cells = array("q", bytes(POINTER.size * len(self._keys)))
 
     def transfer(self, fd: int) -> int:
+        arena, cells = self._arena, self._cells.buffer_info()[0]
+        plan, outcomes = self._plan.buffer_info()[0], _address(self._outcomes)
         return native.loops().read(
-            fd, self._plan, self._arena, self._cells, _address(self._cells), _SCRATCH_ADDRESS, self._outcomes, self._control
+            fd, len(self._keys), plan, _address(arena), len(arena), cells, _SCRATCH_ADDRESS, outcomes, self._control_address
         )
 
     def conclude(self, status: int) -> None:
         super().conclude(status)
-        if status == wired.OK:
-            self._dangling = [key for key, outcome in zip(self._keys, self._outcomes.tolist(), strict=True) if outcome == native.DANGLING]
+        if status == wired.OK and native.DANGLING in self._outcomes:
+            self._dangling = [key for key, outcome in zip(self._keys, self._outcomes, strict=True) if outcome == native.DANGLING]
 
     @property
     def is_unfinished(self) -> bool:
@@ -252,10 +256,9 @@ class Read(Values):
         """
         if not self._dangling:
             return super().finish_exchange(fd)
-        if not self.is_outstanding:
-            self._request = np.frombuffer(delete_request(self._dangling), np.uint8)
-            self._deleted = np.zeros((1, 2), np.int32)
-        status = self._ask(fd, self._request, self._deleted)
+        if self._deletion is None:
+            self._deletion = Questions(delete_request(self._dangling), 1)
+        status = self._ask(fd, self._deletion)
         if status == wired.OK:
             self._dangling = []
         return status
@@ -268,35 +271,42 @@ class Write(Values):
 
     def __init__(self, deadline: float, items: Sequence[Item]) -> None:
         super().__init__(deadline, items)
-        self._requests = self._answers = self._rest = _NOTHING
+        self._whether_there: Questions | None = None
+        self._rest: Any = None
         self._new: list[int] = []
         self._last: list[int] = []
         """The row in the plan of the last part of each of ``new``."""
-        self._put = _NOTHING
+        self._put = bytearray()
         self._has_looked = False
 
     def prepare(self) -> None:
         if not self._keys:
             self._keys = [item.name.encode() for item in self._items]
-            self._requests, self._answers = _questions(self._keys)
+            self._whether_there = _whether_there(self._keys)
 
     def transfer(self, fd: int) -> int:
         if not self._has_looked:
-            status = self._ask(fd, self._requests, self._answers)
+            assert self._whether_there is not None
+            status = self._ask(fd, self._whether_there)
             if status != wired.OK or self._control[wired.DISCARD]:
                 return status
-            if not _make_sense(self._answers):
+            answers = self._whether_there.answers()
+            if answers is None:
                 return wired.NONSENSE
             self._has_looked = True
-            self._outcomes[self._answers[:, 1] == 0] = Outcome.DONE
-            self._plan_puts()
-        return native.loops().write(fd, self._plan, self._put, self._control)
+            self._plan_puts(answers)
+        return native.loops().write(fd, len(self._put), self._plan.buffer_info()[0], _address(self._put), self._control_address)
 
-    def _plan_puts(self) -> None:
-        self._new = np.flatnonzero(self._answers[:, 1]).tolist()
+    def _plan_puts(self, answers: Sequence[int]) -> None:
+        for index, answer in enumerate(answers):
+            if answer == 0:
+                self._outcomes[index] = Outcome.DONE
+            else:
+                self._new.append(index)
         seen = self._see()
         requests: list[bytes] = []
-        firsts, seconds, memory = [], [], []
+        rows: list[int] = []
+        place = 0
         for index, nonce in zip(self._new, new_nonces(len(self._new)), strict=True):
             key, (address, size) = self._keys[index], seen[index]
             part_bytes = part_bytes_of(size)
@@ -304,15 +314,16 @@ class Write(Values):
                 length = min(part_bytes, size - start)
                 first = payload_template(PUT, len(key) + _KEY_TAIL_BYTES, length).fill(value_key(key, nonce, part))
                 requests.append(first)
-                firsts.append(len(first))
-                seconds.append(0)
-                memory.append((address + start, length))
+                rows += (place, len(first), address + start, length, place + len(first), 0, 0)
+                place += len(first)
             second = payload_template(PUT, len(key), POINTER.size).fill(key) + pack_pointer(nonce, size)
             requests.append(second)
-            seconds[-1] = len(second)
-            self._last.append(len(seconds) - 1)
-        self._arena, self._plan = _arena_and_plan(requests, firsts, seconds, memory)
-        self._put = np.full(len(seconds), Outcome.LATE, np.uint8)
+            rows[native.SECOND_BYTES - native.PLAN_COLUMNS] = len(second)
+            place += len(second)
+            self._last.append(len(rows) // native.PLAN_COLUMNS - 1)
+        self._arena = bytearray(b"".join(requests))
+        self._plan = _plan(rows, self._arena)
+        self._put = bytearray(_LATE * (len(rows) // native.PLAN_COLUMNS))
 
     @property
     def is_outstanding(self) -> bool:
@@ -321,7 +332,8 @@ class Write(Values):
 
     def conclude(self, status: int) -> None:
         if self._has_looked:
-            self._outcomes[self._new] = self._put[self._last]
+            for index, last in zip(self._new, self._last, strict=True):
+                self._outcomes[index] = self._put[last]
             if status == wired.EXPIRED:
                 self._keep_the_rest()
         super().conclude(status)
@@ -335,39 +347,54 @@ class Write(Values):
         first, last = self._last[value - 1] + 1 if value else 0, self._last[value]
         if row == first and not super().is_outstanding:
             return
-        begin = int(self._plan[first, native.VALUE])
-        sent = int(self._plan[row, native.VALUE]) - begin + (offset if phase == 1 else 0)
+        columns = native.PLAN_COLUMNS
+        begin = self._plan[first * columns + native.VALUE]
+        sent = self._plan[row * columns + native.VALUE] - begin + (offset if phase == 1 else 0)
         self._rest = np.frombuffer(self._items[self._new[value]].buffer, np.uint8)[sent:].copy()
-        self._plan[row : last + 1, native.VALUE] += _address(self._rest) - begin - sent
+        for place in range(row * columns + native.VALUE, (last + 1) * columns, columns):
+            self._plan[place] += _start(self._rest) - begin - sent
 
 
-_NOTHING: Any = np.empty(0, np.uint8)
+_LATE = bytes([Outcome.LATE])
 _OUTCOMES = {int(outcome): outcome for outcome in Outcome}
-_SCRATCH = np.empty(wired.SCRATCH_BYTES, np.uint8)  # all threads write to it, and nobody reads it
-_SCRATCH_ADDRESS = int(_SCRATCH.__array_interface__["data"][0])
+_SCRATCH = bytearray(wired.SCRATCH_BYTES)  # all threads write to it, and nobody reads it
 
 
-def _address(array: Any) -> int:
-    return int(array.__array_interface__["data"][0])
+def _address(memory: bytearray) -> int:
+    """Where it is until it grows."""
+    return addressof(c_char.from_buffer(memory)) if memory else 0
 
 
-def _arena_and_plan(
-    parts: Sequence[bytes], firsts: Sequence[int], seconds: Sequence[int], seen: Sequence[tuple[int, int]]
-) -> tuple[Any, Any]:
-    """The requests in one writable run, and the plan. Of each item first and second request, so long, and its memory."""
-    arena = np.frombuffer(bytearray(b"".join(parts)), np.uint8)
-    plan = np.zeros((len(firsts), native.PLAN_COLUMNS), np.int64)
-    places = list(accumulate(map(add, firsts, seconds), initial=_address(arena)))[:-1]
-    plan[:, native.REQUEST], plan[:, native.REQUEST_BYTES] = places, firsts
-    plan[:, native.SECOND], plan[:, native.SECOND_BYTES] = list(map(add, places, firsts)), seconds
-    plan[:, native.VALUE : native.VALUE_BYTES + 1] = np.array(seen, np.int64).reshape(-1, 2)
-    return arena, plan
+def _start(view: Any) -> int:
+    """Where an array's bytes are."""
+    return int(view.__array_interface__["data"][0])
 
 
-def _questions(keys: Sequence[bytes]) -> tuple[Any, Any]:
-    """Whether they exist, and room for the answers."""
-    return np.frombuffer(b"".join([exist_request(key) for key in keys]), np.uint8), np.zeros((len(keys), 2), np.int32)
+_SCRATCH_ADDRESS = _address(_SCRATCH)
 
 
-def _make_sense(answers: Any) -> bool:
-    return bool(((answers[:, 0] == _FINISHED) & ((answers[:, 1] == 0) | (answers[:, 1] == 1))).all())
+def _plan(rows: Sequence[int], arena: bytearray) -> array[int]:
+    """Of rows whose requests are said by their place in the arena. They are kept in one run of memory, which must not grow."""
+    plan, address = array("q", rows), _address(arena)
+    for column in (native.REQUEST, native.SECOND):
+        for place in range(column, len(plan), native.PLAN_COLUMNS):
+            plan[place] += address
+    return plan
+
+
+class Questions:
+    """Requests that are answered with two ``i32`` each, and their answers."""
+
+    def __init__(self, requests: bytes, count: int) -> None:
+        self._requests, self._answers = bytearray(requests), bytearray(8 * count)
+        self.memory = (_address(self._requests), len(requests), _address(self._answers), len(self._answers))
+
+    def answers(self) -> list[int] | None:
+        """0 where there is such a key, 1 where there is none; None where an answer makes no sense."""
+        numbers = memoryview(self._answers).cast("i").tolist()
+        codes, answers = numbers[::2], numbers[1::2]
+        return answers if codes.count(_FINISHED) == len(codes) == answers.count(0) + answers.count(1) else None
+
+
+def _whether_there(keys: Sequence[bytes]) -> Questions:
+    return Questions(b"".join([exist_request(key) for key in keys]), len(keys))
