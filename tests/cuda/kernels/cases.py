@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
 from tests.cuda.kernels.shim import Geometry, Launch, Shim, Words
 
 GUARD = 4096
 WORD = 16
 HEADER = 64
 Bytes = NDArray[np.uint8]
+Check = Callable[[Shim, str], None]
+"""Takes a library and the name of a kernel."""
 
 FEW_THREADS = 8
 EVERY_BOUNDARY = tuple(WORD * words for words in range(2 * 4 * FEW_THREADS + FEW_THREADS + 2))
@@ -59,10 +60,10 @@ def geometries(grids: Sequence[int], blocks: Sequence[int]) -> tuple[Geometry, .
 
 
 CASES = {
-    "every boundary": Case(EVERY_BOUNDARY, (5, 0, 3), (2, 5, 0), geometries((3, 100), (FEW_THREADS,))),
-    "other thread blocks": Case(EVERY_BOUNDARY[::3], (6, 1), (0, 4), geometries((2,), (1, 3, 32, 33, 256, 1024))),
     "one run": Case((432,), (1, 6, 0, 4), (5, 0, 2, 4), geometries((1, 2, 3, 4, 5, 9), (5, 32)), gap=0),
     "odd runs": Case((16, 48, 0, 112), (6, 2, 4, 0, 1), (1, 0, 5, 3, 2), geometries((1, 2, 3, 4, 5, 7, 8, 20, 21), (4,)), gap=16),
+    "every boundary": Case(EVERY_BOUNDARY, (5, 0, 3), (2, 5, 0), geometries((3, 100), (FEW_THREADS,))),
+    "other thread blocks": Case(EVERY_BOUNDARY[::3], (6, 1), (0, 4), geometries((2,), (1, 3, 32, 33, 256, 1024))),
     "blocks outermost": Case((48, 16, 272), (4, 6, 0), (5, 1, 2), geometries((1, 2, 3, 4, 8), (8,)), outermost=True),
     "more strides than sizes": Case((16, 32), (3, 5), (3, 1), geometries((2,), (2,)), gap=4096),
     "many runs": Case((16,) * 300, (2,), (3,), geometries((7, 299), (1,))),
@@ -139,7 +140,7 @@ class Rig:
         return kv, slab, words
 
 
-def check_case(shim: Shim, kernel: str, case: Case, guard: int = GUARD) -> None:
+def check_case(shim: Shim, kernel: str, *, case: Case, guard: int = GUARD) -> None:
     for geometry in case.geometries:
         rig = Rig(case, guard)
         kv, slab, words = rig.expected(kernel)
@@ -149,6 +150,5 @@ def check_case(shim: Shim, kernel: str, case: Case, guard: int = GUARD) -> None:
         assert counted == (words, words), f"{kernel} {geometry}: {counted} words loaded and stored, {words} expected"
 
 
-def all_checks(guard: int = GUARD) -> Iterator[tuple[str, Callable[[Shim, str], Any]]]:
-    for name, case in CASES.items():
-        yield name, lambda shim, kernel, case=case: check_case(shim, kernel, case, guard)
+def cases(guard: int = GUARD) -> dict[str, Check]:
+    return {name: partial(check_case, case=case, guard=guard) for name, case in CASES.items()}

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
-
+from tests.cuda.kernels.cases import Check
 from tests.cuda.kernels.shim import Geometry, Launch, Shim
 
 GIB = 1 << 30
@@ -23,9 +22,9 @@ def sparse(size: int) -> NDArray[np.uint8]:
 
 
 def copy_far(shim: Shim, kernel: str, run: tuple[int, int], slot: tuple[int, int, int]) -> None:
-    """One piece of block ``run[1]`` at ``run[0]`` bytes from block to block, and of slot ``slot[1]``, ``slot[0]`` bytes long, at offset ``slot[2]``.
+    """One piece, between a block (``run``: stride and id) and a slot (``slot``: its bytes, id, and the offset in it).
 
-    Where the distance is cut to 32 bits lies other content, so that who reads there copies something else, and who writes there is seen.
+    All other memory is zero: who reads elsewhere, as with a distance cut to 32 bits, copies zeros, who writes elsewhere leaves zeros.
     """
     (stride, block), (slot_bytes, index, offset) = run, slot
     far_block, far_slot = block * stride, index * slot_bytes + offset
@@ -75,36 +74,45 @@ def ids_beyond_32_bits(shim: Shim, kernel: str) -> None:
 
 
 def more_runs_than_16_bits_count(shim: Shim, kernel: str) -> None:
-    count = (1 << 16) + 500
+    copy_many(shim, kernel, runs=(1 << 16) + 500, items=1)
+
+
+def more_items_than_16_bits_count(shim: Shim, kernel: str) -> None:
+    copy_many(shim, kernel, runs=1, items=(1 << 16) + 500)
+
+
+def copy_many(shim: Shim, kernel: str, *, runs: int, items: int) -> None:
+    """Words side by side: word ``i`` of the engine's second half to or from word ``i`` of the segment's first."""
+    count = runs * items
     random = np.random.default_rng(2)
     kv, slab = (random.integers(0, 1 << 63, (2, count, 2), dtype=np.uint64) for _ in range(2))
-    index = np.arange(count, dtype=np.uint64)
-    runs = np.stack([kv.ctypes.data + 16 * index, np.full_like(index, 16 * count), np.full_like(index, 16), 16 * index], axis=1)
+    run, item = (np.arange(length, dtype=np.uint64) for length in (runs, items))
+    table = np.stack([kv.ctypes.data + 16 * run, np.full_like(run, 16 * runs), np.full_like(run, 16), 16 * run], axis=1)
+    launch = Launch(table, item + np.uint64(items), item, 2 * items, 2 * items, slab.ctypes.data, 16 * runs)
     wanted_kv, wanted_slab = kv.copy(), slab.copy()
     if kernel == "kv_gather":
         wanted_slab[0] = kv[1]
     else:
         wanted_kv[1] = slab[0]
-    launch = Launch(runs, np.array([1], dtype=np.uint64), np.array([0], dtype=np.uint64), 2, 2, slab.ctypes.data, 16 * count)
     counted = shim.launch(kernel, launch, Geometry(12, 2))
-    assert np.array_equal(kv, wanted_kv)
-    assert np.array_equal(slab, wanted_slab)
+    assert np.array_equal(kv, wanted_kv), f"{kernel}: the engine's memory is not as it should be"
+    assert np.array_equal(slab, wanted_slab), f"{kernel}: the segment is not as it should be"
     assert counted == (count, count)
 
 
 def long_runs(shim: Shim, kernel: str) -> None:
     """Words that are more than 16 bits, bytes that are more than 32 bits, and words that are more than 32 bits count."""
-    for size in (2 * MIB + 48, 4 * GIB + 48, 64 * GIB + 48):
+    for size, threads in ((2 * MIB + 48, (2, 3)), (4 * GIB + 48, (2, 3)), (64 * GIB + 48, (3,))):
         runs = np.array([[1 << 40, size, size, 64]], dtype=np.uint64)
         ids = np.array([1], dtype=np.uint64)
         launch = Launch(runs, ids, ids, 2, 2, 1 << 44, size + 4096)
-        for thread in (0, 2, 3, 1023):
+        for thread in threads:  # thread 2 has one word more than thread 3
             words = len(range(thread, size // 16, 1024))
             counted = shim.count_thread(kernel, launch, Geometry(1, 1024), block=0, thread=thread)
             assert counted == (words, words), f"{kernel}: thread {thread} copies {counted} words of {size} bytes, {words} expected"
 
 
-LARGE: dict[str, Callable[[Shim, str], None]] = {
+LARGE: dict[str, Check] = {
     check.__name__.replace("_", " "): check
     for check in (
         stride_of_a_gibibyte,
@@ -114,6 +122,7 @@ LARGE: dict[str, Callable[[Shim, str], None]] = {
         offset_beyond_32_bits,
         ids_beyond_32_bits,
         more_runs_than_16_bits_count,
+        more_items_than_16_bits_count,
         long_runs,
     )
 }
