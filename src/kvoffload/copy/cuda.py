@@ -150,7 +150,9 @@ class CudaCopyEngine:
         elif not self._has_stepped:
             return self._usable
         if not self._closed:
-            self._usable = self._pinned.prepare(populated)
+            self._driver.bind()
+            with self._driver.relaxed():
+                self._usable = self._pinned.prepare(populated)
         return self._usable
 
     def mark(self) -> Mark:
@@ -163,7 +165,7 @@ class CudaCopyEngine:
             if self._is_capturing(stream):
                 return Mark(None, "a CUDA graph was being captured when it was marked: what a graph computes is saved when it is replayed")
             event = self._events.take()
-            self._driver.call("cuEventRecord", event.handle, stream)
+            self._events.record(event, stream)
         except CudaError as error:  # in vLLM's thread nothing is raised: the copy that comes with it will be
             return Mark(None, f"what it was to come after could not be marked: {error}")
         self._has_stepped = True

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from kvoffload.errors import CopyError, UnsupportedError
@@ -108,6 +110,18 @@ class Driver:
             return 0
         return int(address or 0) if int(status) == 0 else 0
 
+    @contextmanager
+    def relaxed(self) -> Iterator[None]:
+        """In here calls of this thread neither fail nor spoil it when some other thread is capturing a graph. Raises CudaError.
+
+        As NCCL and torch do it for what they allocate meanwhile (cuThreadExchangeStreamCaptureMode).
+        """
+        mode = self.call("cuThreadExchangeStreamCaptureMode", self._api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED)
+        try:
+            yield
+        finally:
+            self.call("cuThreadExchangeStreamCaptureMode", mode)
+
     def close(self) -> None:
         """Release the context; torch goes on holding it. Raises CudaError. May be called twice."""
         if self._context is not None:
@@ -130,7 +144,8 @@ def load_api() -> Any:
     except CudaError as error:
         raise UnsupportedError(f"no CUDA: {error}") from error
     except RuntimeError as error:  # how cuda-bindings says that there is no libcuda.so.1
-        raise UnsupportedError(f"no CUDA: the NVIDIA driver's libcuda.so.1 cannot be loaded ({error})") from error
+        reason = " ".join(str(error).split())
+        raise UnsupportedError(f"no CUDA: the NVIDIA driver's libcuda.so.1 cannot be loaded ({reason})") from error
     if version < OLDEST_DRIVER:
         raise UnsupportedError(f"no CUDA: the driver knows CUDA up to {_dotted(version)}, {_dotted(OLDEST_DRIVER)} is needed: update it")
     return api

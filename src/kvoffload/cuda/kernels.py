@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
@@ -20,16 +19,8 @@ _IMAGE = "kv_copy.fatbin"
 _HOST_FLAGS = 1  # CU_MEMHOSTALLOC_PORTABLE
 
 
-@dataclass(frozen=True, slots=True)
-class KernelItems:
-    """Room for the ids of two windows of items: ``host`` is pinned, uint64, shape (2, 2 * items); ``device`` is where they go."""
-
-    host: NDArray[np.uint64]
-    device: int
-
-
 class Kernels:
-    """The kernels in the driver's context, with the table of runs and the ids on the device. Made before any graph is captured.
+    """The kernels in the driver's context, and on the device the table of runs. Made before any graph is captured.
 
     Raises UnsupportedError where this layout cannot use them, and CudaError; nothing is left then.
     """
@@ -45,7 +36,8 @@ class Kernels:
             self._module = driver.call("cuModuleLoadData", load_image())
             # Asked for now, as a function may be loaded when it is first asked for, which allocates and synchronizes.
             self._functions = {name: driver.call("cuModuleGetFunction", self._module, name.encode()) for name in (GATHER, SCATTER)}
-            runs = self._allocate(plan.nbytes)
+            runs = int(driver.call("cuMemAlloc", plan.nbytes))
+            self._device_memory.append(runs)
             # kv_run of kv_copy.cu has the columns of the plan.
             driver.call("cuMemcpyHtoD", runs, plan.ctypes.data, plan.nbytes)
         except BaseException:
@@ -55,21 +47,28 @@ class Kernels:
         self._constants = (runs, len(plan), 0, 0, 0, layout.num_blocks, segment.slots, segment.address, segment.slot_bytes)
 
     def parameters(self) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
-        """The kernel's arguments, each in eight bytes, and their addresses as cuLaunchKernel wants them; valid while both are held."""
-        values = np.array(self._constants, dtype=np.uint64)
-        return values, np.uint64(values.ctypes.data) + np.arange(len(values), dtype=np.uint64) * np.uint64(8)
+        """The kernel's arguments, and their addresses as cuLaunchKernel wants them; good while both are held.
+
+        An argument is the first word of a row, shape (9, 2): what it takes of it, four bytes or eight, the driver knows. (Nothing
+        follows it closely, so that nobody can take the rows for arguments packed by their sizes.)
+        """
+        values = np.zeros((len(self._constants), 2), dtype=np.uint64)
+        values[:, 0] = self._constants
+        return values, np.uint64(values.ctypes.data) + np.arange(len(values), dtype=np.uint64) * np.uint64(values.strides[0])
 
     def function(self, name: str) -> int:
         """The CUfunction of `GATHER` or `SCATTER`."""
         return int(self._functions[name])
 
-    def allocate_items(self, items: int) -> KernelItems:
-        """Room for two windows of ``items`` items each. Raises CudaError when there is none."""
+    def allocate_items(self, items: int) -> NDArray[np.uint64]:
+        """Pinned room for the ids of two windows, shape (2 windows, blocks and slots, items). Raises CudaError when there is none.
+
+        The kernel reads them from there: each once, and by one access for all threads that copy a piece.
+        """
         words = 2 * 2 * items
         address = int(self._driver.call("cuMemHostAlloc", words * 8, _HOST_FLAGS))
         self._host_memory.append(address)
-        host = np.ctypeslib.as_array((ctypes.c_uint64 * words).from_address(address))
-        return KernelItems(host.reshape(2, 2 * items), self._allocate(words * 8))
+        return np.ctypeslib.as_array((ctypes.c_uint64 * words).from_address(address)).reshape(2, 2, items)
 
     def close(self) -> None:
         """Give all of it back; nothing of it may be running. Raises the first CudaError. May be called twice."""
@@ -87,11 +86,6 @@ class Kernels:
                 errors.append(error)
         if errors:
             raise errors[0]
-
-    def _allocate(self, num_bytes: int) -> int:
-        address = int(self._driver.call("cuMemAlloc", num_bytes))
-        self._device_memory.append(address)
-        return address
 
 
 def load_image() -> bytes:

@@ -10,6 +10,9 @@ Pieces are submitted in *windows*, each one call of the driver: at most so many 
 
     wait for the mark -> (save: clear headers) -> window 0 -> window 1 -> wait for window 0 -> window 0 -> ... -> wait for the last
                       -> (save: compare the ledger)
+    anything failed   -> wait for all that was submitted
+
+All of it in the thread's relaxed capture mode: where some other thread captures a graph, waiting for an event would else break it.
 """
 
 from __future__ import annotations
@@ -26,21 +29,34 @@ from numba.extending import intrinsic, register_jitable
 
 from kvoffload.copy.native import compile_native, read_after, store_zero
 
-WAIT, RECORD, SYNCHRONIZE, SINGLE, BATCH, LAUNCH = range(6)
+WAIT, RECORD, SYNCHRONIZE, SINGLE, BATCH, LAUNCH, SETTLE, EXCHANGE = range(8)
 """Places in the table of addresses; what failed is told by them."""
 
-NAMES = ("cuStreamWaitEvent", "cuEventRecord", "cuEventSynchronize", "cuMemcpyAsync", "cuMemcpyBatchAsync", "cuLaunchKernel")
+NAMES = (
+    "cuStreamWaitEvent",
+    "cuEventRecord",
+    "cuEventSynchronize",
+    "cuMemcpyAsync",
+    "cuMemcpyBatchAsync",
+    "cuLaunchKernel",
+    "cuStreamSynchronize",
+    "cuThreadExchangeStreamCaptureMode",
+)
 SINCE = 12000
 """The version of CUDA as whose functions all but the batch are looked up."""
 
-STREAM, EVENT_0, EVENT_1, WINDOW_BYTES, ATTRIBUTES, ATTRIBUTES_INDEX, FAIL_INDEX = range(7)
-"""Places in a lane's words. FAIL_INDEX: where the batch writes it, 0 for the form that does not."""
+STREAM, EVENT_0, EVENT_1, WINDOW_BYTES, ATTRIBUTES, ATTRIBUTES_INDEX, FAIL_INDEX, MODE, UNSETTLED = range(9)
+"""Places in a lane's words. FAIL_INDEX: where the batch writes it, 0 for the form that does not. UNSETTLED: after a failure, the
+return code of waiting for what had been submitted."""
+LANE_WORDS = 9
+_RELAXED = 2  # CU_STREAM_CAPTURE_MODE_RELAXED
 
 BY_SINGLES, BY_BATCHES, BY_KERNEL = range(3)
 """How pinned slots are copied; the others always go one by one."""
 
-KERNEL_FUNCTION, KERNEL_GRID, KERNEL_PARAMETERS, KERNEL_ITEMS = range(4)
-"""Places in the kernel's words: KERNEL_ITEMS is the device's copy of the ids, two windows of them."""
+KERNEL_FUNCTION, KERNEL_GRID, KERNEL_PARAMETERS = range(3)
+"""Places in the kernel's words."""
+KERNEL_WORDS = 3
 KERNEL_THREADS = 256
 PARAMETER_BLOCKS, PARAMETER_SLOTS, PARAMETER_COUNT = 2, 3, 4
 """Parameters of a kernel that change from window to window."""
@@ -136,14 +152,10 @@ def _copy_pieces(
 
 @register_jitable
 def _launch(calls: Any, lane: Any, kernel: Any, items: Any, parameters: Any, num_runs: int, window: int, count: int) -> Any:
-    """Bring one window of ids, blocks then slots, to the device, and start the kernel on them."""
-    half = np.uint64(count * 8)
-    on_device = kernel[KERNEL_ITEMS] + np.uint64(window * items.shape[1] * 8)
-    code = _invoke(calls[SINGLE], (on_device, np.uint64(items[window].ctypes.data), np.uint64(2) * half, lane[STREAM]))
-    if code != 0:
-        return _failure(SINGLE, code)
-    parameters[PARAMETER_BLOCKS], parameters[PARAMETER_SLOTS] = on_device, on_device + half
-    parameters[PARAMETER_COUNT] = np.uint64(count)
+    """Start the kernel on one window of ids, which it reads where they are."""
+    parameters[PARAMETER_BLOCKS, 0] = np.uint64(items[window, 0].ctypes.data)
+    parameters[PARAMETER_SLOTS, 0] = np.uint64(items[window, 1].ctypes.data)
+    parameters[PARAMETER_COUNT, 0] = np.uint64(count)
     one, grid = np.uint32(1), np.uint32(min(kernel[KERNEL_GRID], np.uint64(count * num_runs)))
     arguments = (
         kernel[KERNEL_FUNCTION], grid, one, one, np.uint32(KERNEL_THREADS), one, one, np.uint32(0), lane[STREAM],
@@ -158,7 +170,7 @@ def _copy_items(
 ) -> Any:  # fmt: skip
     """Copy the items whose slots are pinned by the kernel; nothing of it runs any more at the end."""
     windows = done = 0
-    room = max(np.int64(1), min(np.int64(items.shape[1] // 2), np.int64(lane[WINDOW_BYTES] // item_bytes)))
+    room = max(np.int64(1), min(np.int64(items.shape[2]), np.int64(lane[WINDOW_BYTES] // item_bytes)))
     while done < blocks.shape[0]:
         window = windows & 1
         if windows > 1:
@@ -166,19 +178,14 @@ def _copy_items(
             if failure != 0:
                 return failure
         count = 0
-        first = done
         while done < blocks.shape[0] and count < room:
             if pinned[done] == 1:
-                items[window, count] = np.uint64(blocks[done])
+                items[window, 0, count] = np.uint64(blocks[done])
+                items[window, 1, count] = np.uint64(slots[done])
                 count += 1
             done += 1
         if count == 0:
             break
-        at = count
-        for item in range(first, done):
-            if pinned[item] == 1:
-                items[window, at] = np.uint64(slots[item])
-                at += 1
         failure = _launch(calls, lane, kernel, items, parameters, num_runs, window, count)
         if failure == 0:
             failure = _end_window(calls, lane, window)
@@ -188,11 +195,17 @@ def _copy_items(
     return _wait_window(calls, lane, (windows - 1) & 1) if windows > 0 else np.int64(0)
 
 
-def _copy(
+@register_jitable
+def _exchange_mode(calls: Any, lane: Any) -> Any:
+    """Take the capture mode in the lane's word for this thread, and put there what it was."""
+    return _failure(EXCHANGE, _invoke(calls[EXCHANGE], (np.uint64(lane.ctypes.data) + np.uint64(MODE * 8),)))
+
+
+@register_jitable
+def _run(
     calls: Any, lane: Any, descriptors: Any, kernel: Any, items: Any, parameters: Any, plan: Any, segment: Any, slot_bytes: Any,
     to_slots: bool, how: int, mark: Any, blocks: Any, slots: Any, pinned: Any, ledger: Any, epochs: Any, flags: Any,
 ) -> Any:  # fmt: skip
-    """Copy items between blocks and slots behind ``mark``; 0, or what `_failure` says. ``ledger``, ``epochs``, ``flags``: saves only."""
     failure = _failure(WAIT, _invoke(calls[WAIT], (lane[STREAM], mark, np.uint32(0))))
     if failure != 0:
         return failure
@@ -217,15 +230,37 @@ def _copy(
     return failure
 
 
+def _copy(
+    calls: Any, lane: Any, descriptors: Any, kernel: Any, items: Any, parameters: Any, plan: Any, segment: Any, slot_bytes: Any,
+    to_slots: bool, how: int, mark: Any, blocks: Any, slots: Any, pinned: Any, ledger: Any, epochs: Any, flags: Any,
+) -> Any:  # fmt: skip
+    """Copy items between blocks and slots behind ``mark``; 0, or what `_failure` says. ``ledger``, ``epochs``, ``flags``: saves only.
+
+    When it returns nothing of it is under way any more, unless the lane's word UNSETTLED is not 0.
+    """
+    lane[MODE], lane[UNSETTLED] = np.uint64(_RELAXED), np.uint64(0)
+    failure = _exchange_mode(calls, lane)
+    if failure != 0:
+        return failure
+    failure = _run(
+        calls, lane, descriptors, kernel, items, parameters, plan, segment, slot_bytes,
+        to_slots, how, mark, blocks, slots, pinned, ledger, epochs, flags,
+    )  # fmt: skip
+    if failure != 0:
+        lane[UNSETTLED] = np.uint64(_invoke(calls[SETTLE], (lane[STREAM],)))
+    restored = _exchange_mode(calls, lane)
+    return failure if failure != 0 else restored
+
+
 _WORDS = types.Array(types.uint64, 1, "C")
 _TABLE = types.Array(types.uint64, 2, "C")
-_DESCRIPTORS = types.Array(types.uint64, 3, "C")
+_CUBE = types.Array(types.uint64, 3, "C")
 _IDS = types.Array(types.int64, 1, "C")
 _BYTES = types.Array(types.uint8, 1, "C")
 _FLAGS = types.Array(types.boolean, 1, "C")
 _ADDRESS = types.uint64
 _COPY = types.int64(
-    _WORDS, _WORDS, _DESCRIPTORS, _WORDS, _TABLE, _WORDS, _TABLE, _ADDRESS, types.uint64,
+    _WORDS, _WORDS, _CUBE, _WORDS, _CUBE, _TABLE, _TABLE, _ADDRESS, types.uint64,
     types.boolean, types.int64, _ADDRESS, _IDS, _IDS, _BYTES, _ADDRESS, _WORDS, _FLAGS,
 )  # fmt: skip
 

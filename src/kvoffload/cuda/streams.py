@@ -35,6 +35,7 @@ class EventPool:
         self._driver = driver
         self.free: deque[int] = deque()
         self._all: list[int] = []
+        self._recorded: set[int] = set()
         for _ in range(prepared):
             self.free.append(self._create())
 
@@ -46,6 +47,11 @@ class EventPool:
             handle = self._create()
         return Event(handle, self)
 
+    def record(self, event: Event, stream: int) -> None:
+        """``event`` happens when all that ``stream`` (a CUstream) has been given so far is done. Raises CudaError."""
+        self._driver.call("cuEventRecord", event.handle, stream)
+        self._recorded.add(event.handle)
+
     def close(self) -> None:
         """Destroy all, those that somebody still holds too: nothing may wait for one any more. Never raises.
 
@@ -55,7 +61,8 @@ class EventPool:
         self.free.clear()
         for handle in handles:
             try:
-                self._driver.call("cuEventQuery", handle)
+                if handle in self._recorded:
+                    self._driver.call("cuEventQuery", handle)
                 self._driver.call("cuEventDestroy", handle)
             except CudaError as error:
                 say = log.debug if error.code == _NOT_READY else log.warning
@@ -81,7 +88,7 @@ class Stream:
 
     def record(self, event: Event) -> None:
         """``event`` happens when all submitted so far is done. Raises CudaError."""
-        self._driver.call("cuEventRecord", event.handle, self.handle)
+        event.pool.record(event, self.handle)
 
     def synchronize(self) -> None:
         """Return when all submitted so far is done, interpreter lock released. Raises CudaError."""
