@@ -15,6 +15,31 @@ SIZES = {"L": 3, "B": 6, "H": 2, "N": 4, "C": 8}
 PAGE = 2 * 4 * 8
 
 
+class OnMeta:
+    """A tensor of a device that nobody knows."""
+
+    shape = (6, 8)
+    dtype = "uint8"
+    device = "npu:0"
+
+    def stride(self) -> tuple[int, ...]:
+        return (8, 1)
+
+    def element_size(self) -> int:
+        return 1
+
+    def data_ptr(self) -> int:
+        return 4096
+
+
+class OnCuda(OnMeta):
+    device = "cuda:0"
+
+
+class OnSecondCuda(OnMeta):
+    device = "cuda:1"
+
+
 def cache(order: str, padding: tuple[int, ...] = (0, 0, 0, 0, 0), itemsize: int = 1) -> dict[str, NDArray[Any]]:
     return layers_of(strided(order, SIZES, padding, itemsize)[1])
 
@@ -79,6 +104,13 @@ def test_torch_tensors_of_any_type_equal_numpy() -> None:
     assert layout_of({"a": fp8}).payload_bytes == 16
 
 
+@pytest.mark.parametrize("tensor", [OnCuda(), OnSecondCuda()])
+def test_a_device_of_any_number(tensor: Any) -> None:
+    layout = layout_of({"a": tensor})
+    assert layout.device == tensor.device
+    assert layout.runs == (Run(4096, 8, 8),)
+
+
 def test_layers_that_share_a_tensor_are_copied_once() -> None:
     first, second = np.zeros((6, 32), np.uint8), np.zeros((6, 32), np.uint8)
     shared = layout_of({"a": first, "b": second, "c": first})
@@ -109,27 +141,6 @@ def test_the_digest_tells_what_a_slot_means_and_not_where_it_is() -> None:
     assert base not in digests
 
 
-class OnMeta:
-    """A tensor of a device that nobody knows."""
-
-    shape = (6, 8)
-    dtype = "uint8"
-    device = "npu:0"
-
-    def stride(self) -> tuple[int, ...]:
-        return (8, 1)
-
-    def element_size(self) -> int:
-        return 1
-
-    def data_ptr(self) -> int:
-        return 4096
-
-
-class OnCuda(OnMeta):
-    device = "cuda:0"
-
-
 def plain() -> NDArray[np.uint8]:
     return np.zeros((6, 8), np.uint8)
 
@@ -152,6 +163,7 @@ BASE = np.zeros(4096, np.uint8)
         ({"a": [plain(), plain()]}, "one tensor is expected"),
         ({"a": OnMeta()}, "device 'npu:0'"),
         ({"a": plain(), "b": OnCuda()}, "on several devices: cpu, cuda:0"),
+        ({"a": OnCuda(), "b": OnSecondCuda()}, "on several devices: cuda:0, cuda:1"),
         ({"a": np.lib.stride_tricks.as_strided(BASE, (6, 8), (0, 1))}, "overlap"),
         ({"a": np.lib.stride_tricks.as_strided(BASE, (6, 8), (4, 1))}, "overlap"),
         ({"a": np.lib.stride_tricks.as_strided(BASE, (6, 8, 2), (16, 1, 1))}, "overlap"),

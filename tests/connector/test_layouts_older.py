@@ -19,6 +19,7 @@ from tests.connector.kv_tensors import Engine
 from tests.copy.rigs import ids
 
 from kvoffload.connector import compat
+from kvoffload.connector.halves import WorkerHalf
 from kvoffload.copy.host import HostCopyEngine
 from kvoffload.copy.proof import prove
 from kvoffload.errors import LayoutError
@@ -153,6 +154,14 @@ def test_tensors_that_are_not_where_vllm_tells_are_refused(engine: Engine, layou
             compat.check_placement(changed, cache.config)
     with pytest.raises(LayoutError, match="gave no tensor of it"):
         compat.check_placement(dict(list(cache.tensors.items())[1:]), cache.config)
+
+
+def test_a_worker_compares_what_it_is_given_with_what_vllm_tells(engine: Engine, cache: Any) -> None:
+    half = WorkerHalf(engine.vllm_config, cache.config, lambda copier: copier)
+    name, tensor = next(iter(cache.tensors.items()))
+    with pytest.raises(LayoutError, match="not where vLLM tells"):
+        half.register_kv_caches({**cache.tensors, name: tensor[:, :, :32]})
+    assert half.host is None
 
 
 def test_what_vllm_describes_and_we_do_not_know_is_refused(cache: Any) -> None:
