@@ -81,6 +81,8 @@ class Populator:
         deadline = self._clock() + seconds
         segment, is_short = self._segment, False
         while not (is_short or self._stop.is_set() or segment.populated_slots == segment.slots):
+            if segment.populated_slots and self._clock() >= deadline:
+                break
             try:
                 self._step()
             except CapacityError:
@@ -88,8 +90,6 @@ class Populator:
                     raise
                 is_short = True
             self._prepare_pieces(at_start=True)
-            if segment.populated_slots and self._clock() >= deadline:
-                break
         self._prepare_pieces(all_of_it=True, at_start=True)
         return self._usable
 

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 log = get_logger("cuda")
 
+_lost_engines: list[CudaCopyEngine] = []
+"""Closed while a copy of theirs may still be under way: they hold tensors and slots to the end of the process."""
+
 
 class Pinned(Protocol):
     """The segment as the GPU sees it. `kvoffload.cuda.pinned.PinnedSegment` is one."""
@@ -93,7 +96,8 @@ class CudaCopyEngine:
             self._check_ids, self._new_check = native.compile_check(), lanes.Check
             self.block_bytes = layout.payload_bytes
             self.segment = segment
-            self._driver, self._pinned, self._current_stream = gpu.driver, gpu.pinned, gpu.current_stream
+            self.gpu = gpu
+            self._driver, self._pinned = gpu.driver, gpu.pinned
             self.gpu = gpu
             self._keep: tuple[object, ...] = (layout.keep, segment.array)  # what the plan's addresses point into
             self._num_blocks, self._num_slots = layout.num_blocks, segment.slots
@@ -161,7 +165,7 @@ class CudaCopyEngine:
             return Mark(None, "the copy engine is closed")
         try:
             self._driver.bind()
-            stream = self._current_stream()
+            stream = self.gpu.current_stream()
             if self._is_capturing(stream):
                 return Mark(None, "a CUDA graph was being captured when it was marked: what a graph computes is saved when it is replayed")
             event = self._events.take()
@@ -208,6 +212,7 @@ class CudaCopyEngine:
             self._closed = True
             if any(lane.lost for lane in self._lanes.values()):
                 log.error("memory and streams are left to the end of the process: a copy may still be under way")
+                _lost_engines.append(self)
                 return
             _close("context", self._driver.bind)
             self._give_back.close()

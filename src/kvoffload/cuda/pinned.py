@@ -24,6 +24,9 @@ PORTABLE, DEVICEMAP = 1, 2
 which registered memory never is: checksums and sends read slots, and reading write-combined memory is prohibitively slow."""
 
 _GIB = 1 << 30
+_ABOUT_MEMORY = frozenset((1, 2, 304, 712, 800, 801, 999))
+"""CUresult that is an answer to the registration itself. Any other tells of something worse, and its own text says what to do."""
+
 _still_registered: list[NDArray[np.uint8]] = []
 """Memory that the driver would not give back. It stays mapped: another mapping in its place would be taken for pinned."""
 
@@ -119,7 +122,7 @@ class PinnedSegment:
             pinned_gib=round(self.pinned_bytes / _GIB, 2),
             of_gib=round(segment.num_bytes / _GIB, 2),
             reason=self.refused,
-            advice="; ".join(advice(error.name)),
+            advice="; ".join(advice(error.name)) if error.code in _ABOUT_MEMORY else str(error),
         )
 
     def _drain(self) -> None:

@@ -36,8 +36,12 @@ class EventPool:
         self.free: deque[int] = deque()
         self._all: list[int] = []
         self._recorded: set[int] = set()
-        for _ in range(prepared):
-            self.free.append(self._create())
+        try:
+            for _ in range(prepared):
+                self.free.append(self._create())
+        except CudaError:
+            self.close()
+            raise
 
     def take(self) -> Event:
         """An event to be recorded anew. Raises CudaError."""
