@@ -16,7 +16,8 @@ from kvoffload.actors.l2_writer import L2Writer, WriterConfig
 from kvoffload.envelope import Envelope
 from kvoffload.l2.breaker import Breaker
 from kvoffload.l2.node import value_name
-from kvoffload.l2.transfers import SlotBuffers, Turns
+from kvoffload.l2.transfers import Turns
+from kvoffload.l2.values import SlotBuffers
 from kvoffload.layout import HEADER_BYTES
 from kvoffload.mailbox import OnFull, Receiver, Sender, open_mailbox
 from kvoffload.messages import (

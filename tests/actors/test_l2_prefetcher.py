@@ -13,7 +13,7 @@ from kvoffload.actors.l2_prefetcher import L2Prefetcher
 from kvoffload.envelope import Fault
 from kvoffload.errors import InternalError, PeerError
 from kvoffload.l2.node import Outcome
-from kvoffload.l2.transfers import SlotBuffers
+from kvoffload.l2.values import SlotBuffers
 from kvoffload.mailbox import Reply
 from kvoffload.messages import BlocksFound, Drain, FetchBlocks, FetchFinished, FindBlocks, TransfersSettled
 from kvoffload.testing.cancel import cancel_at_every_checkpoint

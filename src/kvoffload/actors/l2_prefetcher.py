@@ -11,13 +11,14 @@ from typing import assert_never
 import anyio
 from anyio.abc import TaskGroup
 
-from kvoffload.envelope import Envelope, Fault, Part
+from kvoffload.envelope import Envelope, Fault
 from kvoffload.errors import InternalError
 from kvoffload.l2.breaker import Breaker, overall
 from kvoffload.l2.budget import ByteBudget, Ticket
 from kvoffload.l2.node import L2Node, Outcome
-from kvoffload.l2.transfers import SlotBuffers, Turns, by_block, is_all_done, items_of, names_of, parts_of
+from kvoffload.l2.transfers import Turns, by_block, is_all_done
 from kvoffload.l2.under_way import OpenBatches, Unsettled
+from kvoffload.l2.values import Names, SlotBuffers, Values, verify
 from kvoffload.mailbox import EndOfMailbox, Receiver
 from kvoffload.messages import Batch, BlocksFound, Drain, FetchBlocks, FetchFinished, FindBlocks, FromL2, Node, ToL2Prefetcher
 from kvoffload.observe.profiling import tagged
@@ -174,7 +175,7 @@ class L2Prefetcher:
 
     async def _ask_node(self, find: FindBlocks) -> tuple[bool, ...]:
         ranks = self._slots.ranks
-        names = names_of(self._config.namespace, find.keys, ranks)
+        names = Names(self._config.namespace, find.keys, ranks)
         begun = self._clock()
         try:
             parts = await self._node.find(names, find.deadline)
@@ -184,19 +185,21 @@ class L2Prefetcher:
         if parts is None:
             self._record([Outcome.FAILED if self._clock() < find.deadline else Outcome.LATE], begun)
             return ()
-        self._record([Outcome.DONE] * len(names), begun)
+        self._tell_breaker(Outcome.DONE, len(names), begun)
         if len(parts) != len(names):
             raise InternalError(f"node {self._config.name} was asked for {len(names)} names and answered for {len(parts)}")
         found = tuple(parts) if ranks == 1 else tuple(all(parts[start : start + ranks]) for start in range(0, len(parts), ranks))
         self.statistics.asked += len(found)
-        self.statistics.found += sum(found)
+        self.statistics.found += found.count(True)
         return found
 
     def _record(self, outcomes: Sequence[Outcome], begun: float) -> float:
         """Tell the breaker; seconds since ``begun``."""
+        return self._tell_breaker(overall(outcomes), len(outcomes), begun)
+
+    def _tell_breaker(self, outcome: Outcome, values: int, begun: float) -> float:
         now = self._clock()
-        outcome = Outcome.DONE if is_all_done(outcomes) else overall(outcomes)
-        self._breaker.record(outcome, now - begun, now, len(outcomes))
+        self._breaker.record(outcome, now - begun, now, values)
         return now - begun
 
     # ------------------------------------------------------------ fetching
@@ -217,12 +220,12 @@ class L2Prefetcher:
             self._open.close(fetch.batch)
 
     async def _read(self, fetch: FetchBlocks, ticket: Ticket) -> None:
-        parts = await parts_of(self._slots, fetch.slots, fetch.keys)
+        values = Values(self._slots, self._config.namespace, fetch.slots, fetch.keys, is_writable=True)
         outcomes: list[Outcome] = []
         try:
-            seconds = await self._read_parts(parts, fetch.deadline, outcomes)
+            seconds = await self._read_values(values, fetch.deadline, outcomes)
             self._budget.give_back(ticket)
-            finished = await self._verify(fetch, parts, outcomes, seconds)
+            finished = await self._verify(fetch, outcomes, seconds)
         except BaseException as error:
             # Cancelled, a call leaves nothing behind; what one that raised leaves, nobody knows.
             loose = fetch.slots if isinstance(error, Exception) else _unsettled_of(fetch.slots, outcomes, self._slots.ranks)
@@ -231,13 +234,13 @@ class L2Prefetcher:
             raise
         self._finish(finished)
 
-    async def _read_parts(self, parts: Sequence[Part], deadline: float, outcomes: list[Outcome]) -> float:
+    async def _read_values(self, values: Values, deadline: float, outcomes: list[Outcome]) -> float:
         """Read in slices of at most what may be under way; seconds that it took."""
         at_once = max(1, self._config.inflight_bytes // self._slots.value_bytes)
         begun = self._clock()
         try:
-            for start in range(0, len(parts), at_once):
-                items = items_of(self._config.namespace, parts[start : start + at_once], writable=True)
+            for start in range(0, len(values), at_once):
+                items = values[start : start + at_once]
                 answer = await self._node.read(items, deadline)
                 if len(answer) != len(items):
                     raise InternalError(f"node {self._config.name} read {len(items)} values and answered for {len(answer)}")
@@ -247,20 +250,21 @@ class L2Prefetcher:
             raise
         if is_all_done(outcomes):
             self.statistics.outcomes[Outcome.DONE] += len(outcomes)
-        else:
-            self.statistics.outcomes.update(outcomes)
+            return self._tell_breaker(Outcome.DONE, len(outcomes), begun)
+        self.statistics.outcomes.update(outcomes)
         return self._record(outcomes, begun)
 
-    async def _verify(self, fetch: FetchBlocks, parts: Sequence[Part], outcomes: list[Outcome], seconds: float) -> FetchFinished:
+    async def _verify(self, fetch: FetchBlocks, outcomes: list[Outcome], seconds: float) -> FetchFinished:
         name, ranks = self._config.name, self._slots.ranks
         whole: Sequence[int]
         if is_all_done(outcomes):
-            whole, came = range(len(fetch.slots)), parts
+            whole, slots, keys = range(len(fetch.slots)), fetch.slots, fetch.keys
         else:
-            blocks = by_block(outcomes, ranks)
-            whole = [index for index, outcome in enumerate(blocks) if outcome is Outcome.DONE]
-            came = [part for index in whole for part in parts[index * ranks : (index + 1) * ranks]]
-        faults = await anyio.to_thread.run_sync(self._envelope.verify_all, came, limiter=self._hashing) if came else []
+            whole = [index for index, outcome in enumerate(by_block(outcomes, ranks)) if outcome is Outcome.DONE]
+            slots, keys = tuple(fetch.slots[index] for index in whole), tuple(fetch.keys[index] for index in whole)
+        faults: list[Fault | None] = []
+        if slots:
+            faults = await anyio.to_thread.run_sync(verify, self._envelope, self._slots, slots, keys, limiter=self._hashing)
         if len(whole) == len(fetch.slots) and faults.count(None) == len(faults):
             return FetchFinished(fetch.batch, name, fetch.slots, (), (), (), seconds)
         blocks = by_block(outcomes, ranks)

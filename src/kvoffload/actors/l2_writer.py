@@ -11,12 +11,13 @@ from typing import assert_never
 import anyio
 from anyio.abc import TaskGroup
 
-from kvoffload.envelope import Envelope, Part
+from kvoffload.envelope import Envelope
 from kvoffload.errors import InternalError
 from kvoffload.l2.breaker import Breaker, overall
 from kvoffload.l2.node import L2Node, Outcome
-from kvoffload.l2.transfers import SlotBuffers, Turns, by_block, items_of, parts_of
+from kvoffload.l2.transfers import Turns, by_block, is_all_done
 from kvoffload.l2.under_way import OpenBatches, Unsettled
+from kvoffload.l2.values import SlotBuffers, Values, seal
 from kvoffload.mailbox import EndOfMailbox, Receiver, Reply
 from kvoffload.messages import Batch, BlockKey, Drain, Flush, FromL2, Node, ToL2Writer, WriteBlocks, WriteFinished
 from kvoffload.observe.profiling import tagged
@@ -216,13 +217,17 @@ class L2Writer:
             self.statistics.refused += len(piece.slots)
             return
         self.statistics.impatient += not await self._turns.wait_to_write(config.patience_s)
-        parts = await parts_of(self._slots, piece.slots, piece.keys)
-        await anyio.to_thread.run_sync(self._envelope.seal_all, parts, limiter=self._hashing)
+        values = Values(self._slots, config.namespace, piece.slots, piece.keys, is_writable=False)
+        await anyio.to_thread.run_sync(seal, self._envelope, self._slots, piece.slots, piece.keys, limiter=self._hashing)
         try:
-            outcomes = await self._write_parts(parts)
+            outcomes = await self._write_values(values)
         except Exception:
             write.unsettled += piece.slots  # what a call that raised leaves behind, nobody knows
             raise
+        if is_all_done(outcomes):
+            self.statistics.outcomes[Outcome.DONE] += len(outcomes)
+            write.stored += piece.slots
+            return
         self.statistics.outcomes.update(outcomes)
         for slot, outcome in zip(piece.slots, by_block(outcomes, self._slots.ranks), strict=True):
             if outcome is Outcome.DONE:
@@ -230,17 +235,16 @@ class L2Writer:
             elif outcome is Outcome.UNSETTLED:
                 write.unsettled.append(slot)
 
-    async def _write_parts(self, parts: Sequence[Part]) -> list[Outcome]:
-        items = items_of(self._config.namespace, parts, writable=False)
+    async def _write_values(self, values: Values) -> list[Outcome]:
         begun = self._clock()
         outcomes: list[Outcome] = [Outcome.FAILED]
         try:
-            outcomes = await self._node.write(items, begun + self._config.timeout_s)
+            outcomes = await self._node.write(values, begun + self._config.timeout_s)
         finally:
             now = self._clock()
-            self._breaker.record(overall(outcomes), now - begun, now, len(outcomes))
-        if len(outcomes) != len(items):
-            raise InternalError(f"node {self._config.name} was given {len(items)} values and answered for {len(outcomes)}")
+            self._breaker.record(Outcome.DONE if is_all_done(outcomes) else overall(outcomes), now - begun, now, len(outcomes))
+        if len(outcomes) != len(values):
+            raise InternalError(f"node {self._config.name} was given {len(values)} values and answered for {len(outcomes)}")
         return outcomes
 
     # ------------------------------------------------------------ answers
@@ -249,15 +253,19 @@ class L2Writer:
         """Answer a batch, all of whose blocks are over."""
         message = write.message
         del self._writes[message.batch]
-        over = {*write.stored, *write.unsettled}
-        failed = tuple(slot for slot in message.slots if slot not in over)
+        stored, unsettled = tuple(write.stored), tuple(write.unsettled)
+        failed: tuple[int, ...] = ()
+        if stored == message.slots:
+            stored = message.slots
+        else:  # also where slices ended out of order
+            over = {*stored, *unsettled}
+            failed = tuple(slot for slot in message.slots if slot not in over)
         counted = self.statistics
-        counted.stored += len(write.stored)
+        counted.stored += len(stored)
         counted.failed += len(failed)
-        counted.unsettled += len(write.unsettled)
-        counted.stored_bytes += len(write.stored) * self._slots.block_bytes
-        unsettled = tuple(write.unsettled)
-        self._report(WriteFinished(message.batch, self._config.name, tuple(write.stored), failed, unsettled))
+        counted.unsettled += len(unsettled)
+        counted.stored_bytes += len(stored) * self._slots.block_bytes
+        self._report(WriteFinished(message.batch, self._config.name, stored, failed, unsettled))
         self._unsettled.add(message.batch, unsettled)
 
     async def _answer_when_over(self, reply: Reply[bool], batches: Sequence[anyio.Event], deadline: float | None) -> None:

@@ -23,14 +23,14 @@ class ByteBudget:
         """Whoever waits is told that it will get nothing."""
         queue, self._queue = self._queue, {}
         for ticket in queue:
-            ticket.event.set()
+            ticket.tell()
 
     def _grant(self) -> None:
         while self._queue and (ticket := next(iter(self._queue))).num_bytes <= self._left:
             del self._queue[ticket]
             self._left -= ticket.num_bytes
             ticket.is_granted = True
-            ticket.event.set()
+            ticket.tell()
 
     def give_back(self, ticket: Ticket) -> None:
         """It is over, or waits no longer; once is enough, twice does no harm."""
@@ -44,18 +44,27 @@ class ByteBudget:
 class Ticket:
     """A place in a `ByteBudget`'s queue, then so many of its bytes; ``with`` gives them back."""
 
-    __slots__ = ("_budget", "event", "is_granted", "num_bytes")
+    __slots__ = ("_budget", "_event", "_is_told", "is_granted", "num_bytes")
 
     def __init__(self, budget: ByteBudget, num_bytes: int) -> None:
         self._budget = budget
         self.num_bytes = num_bytes
         self.is_granted = False
-        self.event = anyio.Event()
+        self._is_told = False
+        self._event: anyio.Event | None = None  # where it has to wait
+
+    def tell(self) -> None:
+        """It is granted, or will not be."""
+        self._is_told = True
+        if self._event is not None:
+            self._event.set()
 
     async def wait(self, timeout_s: float) -> bool:
         """Whether its turn came within ``timeout_s``."""
-        with anyio.move_on_after(max(0.0, timeout_s)):
-            await self.event.wait()
+        if not self._is_told:
+            self._event = anyio.Event()
+            with anyio.move_on_after(max(0.0, timeout_s)):
+                await self._event.wait()
         return self.is_granted
 
     def __enter__(self) -> Ticket:

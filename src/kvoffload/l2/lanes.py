@@ -51,14 +51,27 @@ class Call:
         self._left = 0
         self._inside: set[Lane] = set()
         self.quiet = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
         self.is_stopped = False
         self.error: BaseException | None = None
+
+    async def wait(self, timeout_s: float) -> bool:
+        """Whether it was quiet within so many seconds. (A scope and an event would do as well, for three times the time.)"""
+        if self.quiet.is_set():
+            return True
+        self._waiter = waiter = self._loop.create_future()
+        timer = self._loop.call_later(max(0.0, timeout_s), _give_up, waiter)
+        try:
+            await waiter
+        finally:
+            timer.cancel()
+        return self.quiet.is_set()
 
     def expect(self, pieces: int) -> None:
         """On the loop, before any of its pieces is handed out."""
         self._left = pieces
         if not pieces:
-            self.quiet.set()
+            self._become_quiet()
 
     def enter(self, lane: Lane) -> bool:
         """A thread is about to touch the buffers: may it?"""
@@ -89,10 +102,16 @@ class Call:
             for lane in self._inside:
                 lane.shut()
             if not self._inside:
-                self.quiet.set()
+                self._become_quiet()
 
     def _tell(self) -> None:
-        _set_soon(self._loop, self.quiet)
+        with contextlib.suppress(RuntimeError):  # the loop was closed over it
+            self._loop.call_soon_threadsafe(self._become_quiet)
+
+    def _become_quiet(self) -> None:
+        self.quiet.set()
+        if self._waiter is not None:
+            _give_up(self._waiter)
 
 
 class Connector:
@@ -264,6 +283,12 @@ class Pool:
             piece.call.finish(None)
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(empty.wait(), timeout_s)
+
+
+def _give_up(waiter: asyncio.Future[None]) -> None:
+    """Whoever waits looks for itself."""
+    if not waiter.done():
+        waiter.set_result(None)
 
 
 def _set_soon(loop: asyncio.AbstractEventLoop, event: asyncio.Event) -> None:

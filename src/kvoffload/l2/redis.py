@@ -14,7 +14,7 @@ import time
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import anyio
 from redis import ConnectionPool
@@ -26,9 +26,12 @@ from kvoffload.l2.lanes import Call, ConnectError, Connector, Piece, Pool
 from kvoffload.l2.node import Item, NodeUnreachable, Outcome
 from kvoffload.l2.redis_pieces import Address, AskSlots, Find, Ping, Read, Slots, Transfer, Write
 from kvoffload.l2.resp import RespSocket
+from kvoffload.l2.values import Values
 from kvoffload.observe.logs import get_logger
 
 log = get_logger("l2")
+
+T = TypeVar("T")
 
 _PIECE_BYTES = 4 << 20  # of values asked for at once over one connection: the server buffers as much
 _PIECE_ITEMS = 256
@@ -98,12 +101,13 @@ class RedisNode:
 
         def pieces(call: Call, places: Sequence[int]) -> list[Find]:
             cuts = range(0, len(places), _PIECE_NAMES)
-            return [Find(call, [names[at] for at in part], part, found) for part in (places[cut : cut + _PIECE_NAMES] for cut in cuts)]
+            return [Find(call, _of(names, part), part, found) for part in (places[cut : cut + _PIECE_NAMES] for cut in cuts)]
 
-        await self._ask_all(names, pieces, deadline, is_urgent=True)
-        if names and all(answer is None for answer in found):
-            return None
-        return [bool(answer) for answer in found]
+        await self._ask_all(len(names), lambda at: names[at], pieces, deadline, is_urgent=True)
+        unknown = found.count(None)
+        if not unknown:
+            return found  # type: ignore[return-value]
+        return None if unknown == len(found) else [bool(answer) for answer in found]
 
     async def read(self, items: Sequence[Item], deadline: float) -> list[Outcome]:
         return await self._transfer(Read, items, deadline)
@@ -155,40 +159,39 @@ class RedisNode:
         transfers: list[Transfer] = []
 
         def pieces(call: Call, places: Sequence[int]) -> list[Transfer]:
-            share = min(_PIECE_BYTES, -(-sum(items[at].buffer.nbytes for at in places) // self._connections))
-            made = [kind(call, [items[at] for at in part], part, outcomes) for part in _cut(items, places, share)]
+            made = [kind(call, _of(items, part), part, outcomes) for part in _cut(items, places, self._connections)]
             transfers.extend(made)
             return made
 
-        in_time = await self._ask_all([item.name for item in items], pieces, deadline, is_urgent=kind is Read)
+        in_time = await self._ask_all(len(items), lambda at: items[at].name, pieces, deadline, is_urgent=kind is Read)
         if any(transfer.call in self._unsettled for transfer in transfers):
             for transfer in transfers:
                 transfer.mark_unsettled()
+        if not outcomes.count(None):
+            return outcomes  # type: ignore[return-value]
         rest = Outcome.FAILED if in_time else Outcome.LATE
         return [rest if outcome is None else outcome for outcome in outcomes]
 
     async def _ask_all(
         self,
-        names: Sequence[str],
+        count: int,
+        name_of: Callable[[int], str],
         pieces: Callable[[Call, Sequence[int]], Sequence[Find | Transfer]],
         deadline: float,
         *,
         is_urgent: bool,
     ) -> bool:
         """Ask each server for its share; whether the deadline had not passed."""
-        if self._is_closed or not names:
+        if self._is_closed or not count:
             return True
         if self._clock() >= deadline:
             return False
-        by_server: dict[Address, list[int]] = {}
+        by_server: dict[Address, Sequence[int]] = {}
         if self._is_cluster:
             await self._learn_slots(deadline)
-            for place, name in enumerate(names):
-                server = self._server_of(name)
-                if server is not None:
-                    by_server.setdefault(server, []).append(place)
+            by_server |= self._by_server(count, name_of)
         else:
-            by_server[self._seed] = list(range(len(names)))
+            by_server[self._seed] = range(count)
         if self._is_closed:
             return True
         call = Call()
@@ -204,9 +207,7 @@ class RedisNode:
         try:
             for pool, pieces in shares:
                 pool.submit(pieces, is_urgent=is_urgent)
-            with anyio.move_on_after(deadline - self._clock()):
-                await call.quiet.wait()
-            in_time = call.quiet.is_set()
+            in_time = await call.wait(deadline - self._clock())
             if not in_time:
                 call.stop()
                 with anyio.move_on_after(_GRACE_S, shield=True):
@@ -258,6 +259,14 @@ class RedisNode:
         at = bisect_right(self._slots, slot, key=lambda row: row[0]) - 1
         return self._slots[at][2] if at >= 0 and slot <= self._slots[at][1] else None
 
+    def _by_server(self, count: int, name_of: Callable[[int], str]) -> dict[Address, list[int]]:
+        by_server: dict[Address, list[int]] = {}
+        for place in range(count):
+            server = self._server_of(name_of(place))
+            if server is not None:
+                by_server.setdefault(server, []).append(place)
+        return by_server
+
     async def _learn_slots(self, deadline: float) -> None:
         """Have a table of slots that nothing speaks against; the old one where none can be had in time."""
         with anyio.move_on_after(deadline - self._clock()):
@@ -299,14 +308,25 @@ async def _until_quiet(call: Call) -> None:
                 continue
 
 
-def _cut(items: Sequence[Item], places: Sequence[int], share_bytes: int) -> list[list[int]]:
-    """``places`` in runs of about so many bytes."""
+def _of(things: Sequence[T], places: Sequence[int]) -> Sequence[T]:
+    """Those at these places; a run of them as the sequence makes it."""
+    return things[places.start : places.stop] if isinstance(places, range) else [things[at] for at in places]
+
+
+def _cut(items: Sequence[Item], places: Sequence[int], lanes: int) -> list[Sequence[int]]:
+    """``places`` in runs of about the same number of bytes, one for each lane, or more where that would be too many."""
+    if isinstance(items, Values):
+        num_bytes = items.value_bytes
+        share = min(_PIECE_BYTES, -(-num_bytes * len(places) // lanes))
+        step = min(_PIECE_ITEMS, max(1, -(-share // num_bytes)))
+        return [places[start : start + step] for start in range(0, len(places), step)]
+    share = min(_PIECE_BYTES, -(-sum(items[at].buffer.nbytes for at in places) // lanes))
     runs: list[list[int]] = []
     room = 0
     for place in places:
         if room <= 0 or len(runs[-1]) >= _PIECE_ITEMS:
             runs.append([])
-            room = share_bytes
+            room = share
         runs[-1].append(place)
         room -= items[place].buffer.nbytes
-    return runs
+    return list(runs)

@@ -30,6 +30,7 @@ class _Piece:
 
     def run(self, connection: RespSocket) -> None:
         self.has_begun = True
+        self.prepare()
         self.ask(connection)
         while self.answered < self.count:
             line = connection.read_line()
@@ -37,6 +38,13 @@ class _Piece:
                 self.refusal = line[1:]
             self.take(self.answered, line, connection)
             self.answered += 1
+        self.forget()
+
+    def forget(self) -> None:
+        """All is answered: let go of what was asked. Not left to the loop, where it would take as long as to make it."""
+
+    def prepare(self) -> None:
+        """What is to be asked is made here, and not where it is asked for: that is on the loop."""
 
     def ask(self, connection: RespSocket) -> None:
         raise NotImplementedError
@@ -55,10 +63,19 @@ class Transfer(_Piece):
 
     def __init__(self, call: Call, items: Sequence[Item], places: Sequence[int], outcomes: list[Outcome | None]) -> None:
         super().__init__(call, len(items))
-        self._names = [item.name.encode() for item in items]
-        self._buffers = [_flat(item.buffer) for item in items]
+        self._items = items
+        self._names: list[bytes] = []
+        self._buffers: list[memoryview] = []
         self._places = places
         self._outcomes = outcomes
+
+    def prepare(self) -> None:
+        if not self._names:
+            self._names = [name.encode() for name, _ in self._items]
+            self._buffers = [_flat(buffer) for _, buffer in self._items]
+
+    def forget(self) -> None:
+        self._items, self._names, self._buffers = (), [], []
 
     def take(self, index: int, line: bytes, connection: RespSocket) -> None:
         self._outcomes[self._places[index]] = self.outcome(self._buffers[index], line, connection)
@@ -123,9 +140,16 @@ class Find(_Piece):
 
     def __init__(self, call: Call, names: Sequence[str], places: Sequence[int], found: list[bool | None]) -> None:
         super().__init__(call, len(names))
-        self._names = [name.encode() for name in names]
+        self._asked = names
+        self._names: list[bytes] = []
         self._places = places
         self._found = found
+
+    def prepare(self) -> None:
+        self._names = self._names or [name.encode() for name in self._asked]
+
+    def forget(self) -> None:
+        self._asked, self._names = (), []
 
     def ask(self, connection: RespSocket) -> None:
         connection.send([b"".join(command(b"EXISTS", name) for name in self._names[self.answered :])])

@@ -18,7 +18,7 @@ class OpenBatches:
     """Which batches are not over, the transfers that they left unsettled included."""
 
     def __init__(self) -> None:
-        self._over: dict[Batch, anyio.Event] = {}
+        self._over: dict[Batch, anyio.Event | None] = {}  # an event for those that somebody waits for
 
     def __len__(self) -> int:
         return len(self._over)
@@ -26,14 +26,17 @@ class OpenBatches:
     def open(self, batch: Batch) -> None:
         if batch in self._over:
             raise InternalError(f"batch {batch} is under way already: numbers are never used twice")
-        self._over[batch] = anyio.Event()
+        self._over[batch] = None
 
     def close(self, batch: Batch) -> None:
-        self._over.pop(batch).set()
+        event = self._over.pop(batch)
+        if event is not None:
+            event.set()
 
     def snapshot(self) -> tuple[anyio.Event, ...]:
         """For `wait`: those that are open now."""
-        return tuple(self._over.values())
+        self._over = {batch: event or anyio.Event() for batch, event in self._over.items()}
+        return tuple(event for event in self._over.values() if event is not None)
 
     @staticmethod
     async def wait(events: Sequence[anyio.Event], timeout_s: float | None = None) -> bool:

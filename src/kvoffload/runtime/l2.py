@@ -19,7 +19,8 @@ from kvoffload.errors import KVOffloadError
 from kvoffload.l2.node import L2Node
 from kvoffload.l2.nodes import make_node, prepare
 from kvoffload.l2.ring import NodeAddress
-from kvoffload.l2.transfers import SlotBuffers, Turns
+from kvoffload.l2.transfers import Turns
+from kvoffload.l2.values import SlotBuffers
 from kvoffload.layout import HEADER_BYTES
 from kvoffload.mailbox import Receiver
 from kvoffload.messages import BlocksFound, FromL2, Node, NodesChanged, ToL2Prefetcher, ToL2Writer, TransfersSettled
