@@ -144,6 +144,13 @@ def s3fifo() -> tuple[EvictionPolicy, Model, list[Any], list[bytes]]:
     return policy, S3FIFOModel(SLOTS, 0.3), key_of, assume_apart(policy.ghosts)
 
 
+def s3fifo_all_at_once() -> tuple[EvictionPolicy, Model, list[Any], list[bytes]]:
+    made = s3fifo()
+    assert isinstance(made[0], S3FIFO)
+    made[0].many = 1
+    return made
+
+
 steps = st.lists(
     st.tuples(
         st.sampled_from(["begin", "admit", "admit", "touch", "name", "send_back", "keep", "evict", "evict", "take_out", "discard"]),
@@ -162,7 +169,7 @@ def chances(request: pytest.FixtureRequest) -> Iterator[int]:
 
 
 @pytest.mark.usefixtures("chances")
-@pytest.mark.parametrize("make", [lru, s3fifo])
+@pytest.mark.parametrize("make", [lru, s3fifo, s3fifo_all_at_once])
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(history=steps)
 def test_a_policy_is_its_model(
@@ -182,7 +189,7 @@ def test_a_policy_is_its_model(
             for slot, key in zip(free, fresh, strict=False):
                 key_of[slot] = key
                 model.admit(slot, key)
-            policy.admit(reversed(free[::-1]))
+            policy.admit(free)
         elif verb == "touch":
             touched = [slot for slot in inside if slot % count == number % count]
             policy.touch(touched)

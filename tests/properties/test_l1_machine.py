@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule, run_state_machine_as_test
 
 from kvoffload.l1 import TRANSITIONS, L1Config, L1Core, RemoteConfig, State, ToRank, ToScheduler
+from kvoffload.l1.eviction import S3FIFO
 from kvoffload.messages import (
     ROOT,
     BlockKey,
@@ -78,7 +79,9 @@ class L1Machine(RuleBasedStateMachine):
         self.ranks = ranks
         config = L1Config(ranks=ranks, policy=self.policy, max_waiting_share=share, slice_blocks=self.slice_blocks, keeps=self.keeps)  # type: ignore[arg-type]
         self.core = L1Core(config, CAPACITY, self.remote_config)
-        self.core._parts.many = self.many
+        self.core._parts.many = self.core._parts.leases.many = self.many
+        if isinstance(self.core._parts.policy, S3FIFO):
+            self.core._parts.policy.many = self.many
         table = self.core._parts.slots
         table.state = TracedStates(table.state)
         self.grown = [0] * ranks

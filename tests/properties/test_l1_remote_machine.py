@@ -362,6 +362,17 @@ class SlicedOnlyNodesMachine(OnlyNodesMachine):
     slice_blocks, many = 1, 1
 
 
+class AtOnceMachine(HotMachine):
+    """What is done to many at once is done to few as well, and nothing is sliced."""
+
+    many = 1
+
+
+class AtOnceOnlyNodesMachine(OnlyNodesMachine):
+    policy = "s3fifo"
+    many = 1
+
+
 MACHINES = {
     "all-lru": RemoteMachine,
     "hot-s3fifo": HotMachine,
@@ -369,6 +380,8 @@ MACHINES = {
     "sliced": SlicedMachine,
     "only-nodes": OnlyNodesMachine,
     "only-nodes-sliced": SlicedOnlyNodesMachine,
+    "at-once": AtOnceMachine,
+    "only-nodes-at-once": AtOnceOnlyNodesMachine,
 }
 
 

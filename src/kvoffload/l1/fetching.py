@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
+
+import numpy as np
 
 from kvoffload.l1 import writing
 from kvoffload.l1.effects import ToPrefetcher, ToScheduler
@@ -25,26 +28,29 @@ def fetch(
     nodes: Sequence[Node],
     deadline: float,
     readings: dict[Node, Reading],
-) -> int:
-    """Reserve slots for these blocks, the first the child of ``before``, and ask ``nodes[i]`` for ``keys[i]``; how many found a slot.
+) -> list[int]:
+    """Reserve slots for these blocks, the first the child of ``before``, and ask ``nodes[i]`` for ``keys[i]``.
+
+    Gives the slots: of each block, or of the first ones where no more could be had.
 
     ``readings`` are of all that is fetched for the same match.
     """
     parts.evictor.begin()
-    slots = occupy(parts, keys, parts.index.find(before) if before is not None else NONE)
+    slots = occupy(parts, keys, parts.index.find(before) if before is not None else NONE, STORED)
     writing.look_ahead(parts, remote)
     if not slots:
-        return 0
-    remote.mark(slots, STORED)
-    for node, (taken, theirs) in in_batches(nodes[: len(slots)], slots, keys[: len(slots)]):
+        return slots
+    if len(slots) < len(keys):
+        nodes, keys = nodes[: len(slots)], keys[: len(slots)]
+    for node, (taken, theirs) in in_batches(nodes, slots, keys):
         assert node is not None
         reading = readings.setdefault(node, Reading())
         reading.left += 1
         number = remote.next_batch()
         transfer = remote.fetches[number] = Transfer(node, tuple(taken), tuple(theirs), reading)
-        remote.fetch_of.update(dict.fromkeys(taken, number))
+        remote.fetch_of.update(zip(taken, repeat(number)))
         remote.effects.append(ToPrefetcher(node, FetchBlocks(number, transfer.slots, transfer.keys, deadline)))
-    return len(slots)
+    return slots
 
 
 def finished(parts: Parts, remote: Remote, message: FetchFinished) -> Slices[None]:
@@ -70,7 +76,7 @@ def finished(parts: Parts, remote: Remote, message: FetchFinished) -> Slices[Non
         reported = [slot for slot in transfer.slots if slot not in unsettled]
     for slot in reported:
         del remote.fetch_of[slot]
-    yield from commit(parts, reported)
+    yield from commit(parts, reported, np.array(reported, dtype=np.intp) if len(reported) >= parts.many else None)
     relying = remote.relying.pop(message.batch, None)
     if relying is not None and any(parts.index.find(key) < 0 for key in transfer.keys):
         job = max(relying.values())

@@ -50,6 +50,11 @@ class KeyIndex:
             if slot < 0 or state[slot] < floor:
                 return low
             low += 1
+            key = keys[-1]  # or all
+            slot = shards[key[0]].get(key, NONE)
+            if slot >= 0 and state[slot] >= floor:
+                return high
+            high -= 1
         while low < high:
             middle = (low + high) >> 1
             key = keys[middle]

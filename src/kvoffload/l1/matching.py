@@ -6,7 +6,7 @@ from kvoffload.errors import InternalError
 from kvoffload.l1.parts import Parts, Slices
 from kvoffload.l1.removal import fall
 from kvoffload.l1.saving import touch
-from kvoffload.l1.slots import NONE
+from kvoffload.l1.slots import NONE, Slots
 from kvoffload.l1.states import State
 from kvoffload.messages import DropReason, HitReason, LoadFinished, LoadOutcome, MatchPrefix, PrefixHit, StartLoad
 
@@ -19,8 +19,11 @@ def match(parts: Parts, message: MatchPrefix, now: float) -> Slices[PrefixHit]:
     return (yield from answer(parts, message, now))
 
 
-def answer(parts: Parts, message: MatchPrefix, now: float, *, is_cut: bool = False) -> Slices[PrefixHit]:
-    """As `match`, for a request that holds no lease, or one of the first part of this. ``is_cut``: there was no room for more."""
+def answer(parts: Parts, message: MatchPrefix, now: float, *, is_cut: bool = False, likely: Slots | None = None) -> Slices[PrefixHit]:
+    """As `match`, for a request that holds no lease, or one of the first part of this.
+
+    ``is_cut``: there was no room for more. ``likely``: what the hit's slots should be, if somebody knows.
+    """
     keys, state, index, counts = message.keys, parts.slots.state, parts.index, parts.counts
     length = index.length_with(keys, state, _READY)
     pending = index.length_with(keys, state, _FILLING, start=length) - length
@@ -34,18 +37,18 @@ def answer(parts: Parts, message: MatchPrefix, now: float, *, is_cut: bool = Fal
             granted = length
         else:
             parts.leases.release(message.request)
-            granted = parts.leases.grant(message.request, message.sequence, deepest, length, parts.room)
+            granted = parts.leases.grant(message.request, message.sequence, deepest, length, parts.room, likely)
         if length > parts.config.slice_blocks:
             yield
         reason = HitReason.HIT if granted == length else HitReason.NO_ROOM
         if granted:
-            chain = parts.slots.chain(index.find(keys[granted - 1]))
+            chain, at = parts.leases.chain(message.request)
             if len(chain) != granted:
                 raise InternalError(
                     f"request {message.request}: its keys are no chain, block {granted} is block {len(chain)} of its prefix"
                 )
             slots = tuple(chain)
-            yield from touch(parts, chain)
+            yield from touch(parts, chain, at)
     else:
         parts.leases.release(message.request)
     if is_cut:

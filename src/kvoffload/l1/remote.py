@@ -7,8 +7,9 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count
-from operator import itemgetter
+from functools import partial
+from itertools import compress, count
+from operator import eq
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -125,6 +126,8 @@ class Waiting:
     """The fetch that it waits for; None while it waits for nodes to say what they have."""
     is_cut: bool = False
     """Whether there was no room for all that was found."""
+    slots: list[int] = field(default_factory=list)
+    """What was reserved for it."""
 
     def __post_init__(self) -> None:
         self.found = bytearray(len(self.nodes))
@@ -192,6 +195,7 @@ class Remote:
         self.effects: list[Effect] = []
         self.counts = RemoteCounts()
         self.stored = bytearray(capacity)  # UNKNOWN, WRITING or STORED; of a FREE slot it means nothing
+        self.all_stored = np.frombuffer(self.stored, dtype=np.uint8)  # the same memory, for many at once
         self._batches = count(1)
         self.must_look_ahead = False
         self.has_fallen = False  # something left the index otherwise than by eviction: who waits for it should know
@@ -270,7 +274,7 @@ class Remote:
             for slot in slots:
                 self.stored[slot] = what
         else:
-            np.frombuffer(self.stored, dtype=np.uint8)[np.array(slots, dtype=np.intp)] = what
+            self.all_stored[np.array(slots, dtype=np.intp)] = what
 
     def has_stored(self, slots: Sequence[int], transfer: Transfer) -> None:
         """A node has these blocks of a write: they need not be written again. (It may have said that it lacks them, while it did.)"""
@@ -298,7 +302,7 @@ def end_transfer(table: dict[Batch, Transfer], batch: Batch, node: Node, *parts:
     transfer = table.get(batch)
     if transfer is None or transfer.node != node:
         raise InternalError(f"node {node} reported batch {batch}, which is not under way there")
-    if parts[0] == transfer.slots and not any(parts[1:]):
+    if (parts[0] is transfer.slots or parts[0] == transfer.slots) and not any(parts[1:]):
         del table[batch]
         return transfer
     told = [slot for part in parts for slot in part]
@@ -310,15 +314,13 @@ def end_transfer(table: dict[Batch, Transfer], batch: Batch, node: Node, *parts:
 
 def in_batches(nodes: Sequence[Node | None], *columns: Sequence[Any]) -> Iterator[tuple[Node | None, list[Sequence[Any]]]]:
     """The rows of these columns by node, at most BATCH at once; each node's in order."""
-    if nodes.count(nodes[0]) == len(nodes):
-        yield from _cut(nodes[0], columns)
-        return
-    places: dict[Node | None, list[int]] = {}
-    for place, node in enumerate(nodes):
-        places.setdefault(node, []).append(place)
-    for node, theirs in places.items():
-        pick = itemgetter(*theirs) if len(theirs) > 1 else lambda column, place=theirs[0]: (column[place],)
-        yield from _cut(node, [pick(column) for column in columns])
+    there = dict.fromkeys(nodes)
+    for node in there:
+        if len(there) == 1:
+            yield from _cut(node, columns)
+        else:
+            is_theirs = list(map(partial(eq, node), nodes))
+            yield from _cut(node, [tuple(compress(column, is_theirs)) for column in columns])
 
 
 def _cut(node: Node | None, columns: Sequence[Sequence[Any]]) -> Iterator[tuple[Node | None, list[Sequence[Any]]]]:

@@ -11,7 +11,7 @@ from kvoffload.l1 import staging, writing
 from kvoffload.l1.parts import Parts, Slices
 from kvoffload.l1.remote import UNKNOWN
 from kvoffload.l1.removal import fall, spoil
-from kvoffload.l1.slots import NONE
+from kvoffload.l1.slots import NONE, Slots
 from kvoffload.l1.states import State
 from kvoffload.messages import BlockKey, BlocksFilled, DropReason, ParentMissing, ReserveSlots, SaveRun, SlotGrant
 
@@ -102,19 +102,27 @@ def _reserve_run(parts: Parts, run: SaveRun, parent: int) -> Slices[tuple[int, l
     return start, got
 
 
-def touch(parts: Parts, chain: Sequence[int]) -> Slices[None]:
-    """These are READY, parents first, and used again."""
-    leaf_first = chain[::-1]
-    for at, piece in enumerate(parts.sliced(leaf_first)):
-        if at:
-            yield
-        parts.policy.touch(piece)
+def touch(parts: Parts, chain: Sequence[int], at: Slots | None = None) -> Slices[None]:
+    """These are READY, parents first, and used again. ``at``: the same as an array, where there is one."""
+    if at is None:
+        for number, piece in enumerate(parts.sliced(chain[::-1])):
+            if number:
+                yield
+            parts.policy.touch(piece)
+    else:
+        for start in range(len(at), 0, -parts.config.slice_blocks):
+            if start < len(at):
+                yield
+            parts.policy.touch(at[max(0, start - parts.config.slice_blocks) : start][::-1])
     if parts.remote is not None:
         yield from writing.on_hit(parts, parts.remote, chain)
 
 
-def occupy(parts: Parts, chain: Sequence[BlockKey], parent: int) -> list[int]:
-    """FILLING slots for these blocks, of which none is in the index, under ``parent``; fewer where no more can be had."""
+def occupy(parts: Parts, chain: Sequence[BlockKey], parent: int, known: int = UNKNOWN) -> list[int]:
+    """FILLING slots for these blocks, of which none is in the index, under ``parent``; fewer where no more can be had.
+
+    ``known`` is what is known of the blocks on nodes.
+    """
     table, shards = parts.slots, parts.index.shards
     wanted = len(chain)
     got = table.take(wanted)
@@ -128,10 +136,6 @@ def occupy(parts: Parts, chain: Sequence[BlockKey], parent: int) -> list[int]:
         got += evicted
         if parts.remote is not None:
             writing.on_eviction(parts, parts.remote, evicted)
-    if not got:
-        return got
-    if parts.remote is not None:
-        parts.remote.mark(got, UNKNOWN)
     for key, slot in zip(chain, got, strict=False):
         if shards[key[0]].setdefault(key, slot) != slot:
             # Not a chain: a run repeats a key of its own, and is cut there.
@@ -145,10 +149,12 @@ def occupy(parts: Parts, chain: Sequence[BlockKey], parent: int) -> list[int]:
     table.attach(got[0], parent)
     if len(got) >= parts.many:
         at = np.array(got, dtype=np.intp)
-        keys[at] = chain[: len(got)]
-        np.frombuffer(state, dtype=np.uint8)[at] = _FILLING
-        np.frombuffer(parents, dtype=np.int32)[at[1:]] = at[:-1]
-        np.frombuffer(first_child, dtype=np.int32)[at[:-1]] = at[1:]
+        keys[at] = chain if len(got) == len(chain) else chain[: len(got)]
+        table.states[at] = _FILLING
+        table.parents[at[1:]] = at[:-1]
+        table.first_children[at[:-1]] = at[1:]
+        if parts.remote is not None:
+            parts.remote.all_stored[at] = known
     else:
         above = NONE
         for key, slot in zip(chain, got, strict=False):
@@ -158,6 +164,8 @@ def occupy(parts: Parts, chain: Sequence[BlockKey], parent: int) -> list[int]:
                 parents[slot] = above
                 first_child[above] = slot
             above = slot
+        if parts.remote is not None:
+            parts.remote.mark(got, known)
     table.counts[_FREE] -= len(got)
     table.counts[_FILLING] += len(got)
     return got
@@ -180,18 +188,27 @@ def filled(parts: Parts, message: BlocksFilled) -> Slices[None]:
         yield from commit(parts, save.slots) if parts.config.keeps else staging.pass_on(parts, save.slots)
 
 
-def commit(parts: Parts, slots: Sequence[int]) -> Slices[None]:
-    """All that fills these has reported: make READY what may be, and free what fell."""
+def commit(parts: Parts, slots: Sequence[int], at: Slots | None = None) -> Slices[None]:
+    """All that fills these has reported: make READY what may be, and free what fell. ``at``: the same as an array, where there is one."""
     table = parts.slots
     ready: list[int] = []
-    for at, piece in enumerate(parts.sliced(slots)):
-        if at:
+    if at is not None and len(at) <= parts.config.slice_blocks and not table.counts[_FILLED] and _commit_all(parts, at):
+        if table.counts[_FILLED]:
+            return
+        parts.policy.admit(at[::-1])
+        if table.abandoned is not None:
+            table.abandoned += slots
+        if parts.remote is None or not parts.remote.all_stored[at].all():
+            parts.counts.committed += len(slots) if parts.remote is None else (yield from writing.on_commit(parts, parts.remote, slots))
+        return
+    for number, piece in enumerate(parts.sliced(slots)):
+        if number:
             yield
         _commit(parts, piece, ready)
     if table.counts[_FILLED]:
         yield from _wake(parts, ready)
-    for at, piece in enumerate(parts.sliced(ready[::-1])):
-        if at:
+    for number, piece in enumerate(parts.sliced(ready[::-1])):
+        if number:
             yield
         parts.policy.admit(piece)
     if table.abandoned is not None:
@@ -204,9 +221,11 @@ def _commit(parts: Parts, slots: Sequence[int], ready: list[int]) -> None:
     """Those that are READY now are added to ``ready``."""
     table = parts.slots
     state, parent, counts = table.state, table.parent, table.counts
-    if len(slots) >= parts.many and _commit_all(parts, slots):
-        ready += slots
-        return
+    if len(slots) >= parts.many:
+        waiting = counts[_FILLED]
+        if _commit_all(parts, np.array(slots, dtype=np.intp)):
+            ready += slots if counts[_FILLED] == waiting else ()
+            return
     before = len(ready)
     filled = 0
     for slot in slots:
@@ -225,38 +244,49 @@ def _commit(parts: Parts, slots: Sequence[int], ready: list[int]) -> None:
     counts[_READY] += len(ready) - before
 
 
-def _commit_all(parts: Parts, slots: Sequence[int]) -> bool:
-    """The usual case: all of these become READY. False, and nothing changed, where some cannot."""
+def _commit_all(parts: Parts, at: Slots) -> bool:
+    """The usual cases: all of these become READY, or none does. False, and nothing changed, in any other."""
     table = parts.slots
-    at, states = np.array(slots, dtype=np.intp), np.frombuffer(table.state, dtype=np.uint8)
+    states = table.states
     if not (states[at] == _FILLING).all():
         return False
+    parents = table.parents[at]
+    if not ((parents < 0) | (states[parents] == _READY)).any():  # a part of a chain whose beginning has not come
+        states[at] = _FILLED
+        table.counts[_FILLING] -= len(at)
+        table.counts[_FILLED] += len(at)
+        return True
     states[at] = _READY
-    parents = np.frombuffer(table.parent, dtype=np.int32)[at]
     if not ((parents < 0) | (states[parents] == _READY)).all():
         states[at] = _FILLING
         return False
-    table.counts[_FILLING] -= len(slots)
-    table.counts[_READY] += len(slots)
+    table.counts[_FILLING] -= len(at)
+    table.counts[_READY] += len(at)
     return True
 
 
 def _wake(parts: Parts, ready: list[int]) -> Slices[None]:
     """These became READY: so do the FILLED ones that waited for them, and are added."""
     table = parts.slots
-    state, first_child, counts = table.state, table.first_child, table.counts
+    state, counts = table.state, table.counts
+    first_child, next_sibling = table.first_child, table.next_sibling
+    before, filled = len(ready), counts[_FILLED]
     for at, above in enumerate(ready):
-        if not counts[_FILLED]:
-            return
-        if first_child[above] >= 0:
-            for child in table.children(above):
-                if state[child] == _FILLED:
-                    state[child] = _READY
-                    counts[_FILLED] -= 1
-                    counts[_READY] += 1
-                    ready.append(child)
+        child = first_child[above]
+        while child >= 0:
+            if state[child] == _FILLED:
+                state[child] = _READY
+                ready.append(child)
+            child = next_sibling[child]
+        if len(ready) - before == filled:
+            break
         if at % parts.config.slice_blocks == parts.config.slice_blocks - 1:
+            counts[_FILLED] -= len(ready) - before
+            counts[_READY] += len(ready) - before
+            before, filled = len(ready), counts[_FILLED]
             yield
+    counts[_FILLED] -= len(ready) - before
+    counts[_READY] += len(ready) - before
 
 
 def _check_report(message: BlocksFilled, slots: tuple[int, ...]) -> None:

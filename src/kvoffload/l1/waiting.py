@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -16,6 +15,7 @@ from kvoffload.l1.states import State
 from kvoffload.messages import Batch, BlocksFound, FindBlocks, MatchPrefix, Node, PrefixHit
 
 _FILLING, _READY = int(State.FILLING), int(State.READY)
+_ANSWERS = bytes.maketrans(b"\0\1", bytes([ABSENT, THERE]))
 
 
 def match(parts: Parts, remote: Remote, message: MatchPrefix) -> Slices[PrefixHit | None]:
@@ -52,15 +52,17 @@ def found(parts: Parts, remote: Remote, message: BlocksFound) -> Slices[None]:
     find = remote.finds.pop(message.batch, None)
     if find is None or find.node != message.node or len(message.found) not in (0, len(find.places)):
         raise InternalError(f"node {message.node} answered question {message.batch}, which it was not asked, or not about so many blocks")
-    remote.counts.found += sum(message.found)
+    remote.counts.found += message.found.count(True)
     waiting = find.waiting
     if message.found and not parts.config.keeps:
         staging.seen(remote, [waiting.message.keys[waiting.start + place] for place in find.places], message.found)
     if not remote.is_waiting(waiting) or waiting.fetch is not None:
         return
-    known: Sequence[bool] = message.found or (False,) * len(find.places)
-    states = np.where(np.array(known, dtype=bool), np.uint8(THERE), np.uint8(ABSENT))
-    np.frombuffer(waiting.found, dtype=np.uint8)[np.array(find.places, dtype=np.intp)] = states
+    states = bytes(message.found or len(find.places)).translate(_ANSWERS)
+    if isinstance(find.places, range):
+        waiting.found[find.places.start : find.places.stop] = states
+    else:
+        np.frombuffer(waiting.found, dtype=np.uint8)[list(find.places)] = np.frombuffer(states, dtype=np.uint8)
     if waiting.is_decided:
         yield from _fetch(parts, remote, waiting)
         yield from _go_on(parts, remote, waiting)
@@ -205,7 +207,9 @@ def _fetch(parts: Parts, remote: Remote, waiting: Waiting) -> Slices[None]:
         first, end = places[0], places[-1] + 1
         theirs = waiting.nodes[first - waiting.start : end - waiting.start]
         before = message.keys[first - 1] if first else None
-        if fetching.fetch(parts, remote, before, message.keys[first:end], theirs, deadline, readings) < len(places):
+        slots = fetching.fetch(parts, remote, before, message.keys[first:end], theirs, deadline, readings)
+        waiting.slots += slots
+        if len(slots) < len(places):
             waiting.is_cut = True
             return
 
@@ -241,7 +245,8 @@ def _wait_for(remote: Remote, waiting: Waiting, fetch: Batch) -> None:
 def _answer(parts: Parts, remote: Remote, waiting: Waiting) -> Slices[None]:
     message, counts = waiting.message, remote.counts
     remote.give_up(message.request)
-    hit = yield from matching.answer(parts, message, remote.now, is_cut=waiting.is_cut)
+    likely = np.array(waiting.slots, dtype=np.intp) if len(waiting.slots) == len(message.keys) else None
+    hit = yield from matching.answer(parts, message, remote.now, is_cut=waiting.is_cut, likely=likely)
     gained = len(hit.slots) - waiting.ready
     if gained > 0:
         counts.hits += 1

@@ -8,7 +8,7 @@ import numpy as np
 
 from kvoffload.l1.effects import ToWriter
 from kvoffload.l1.parts import Parts, Slices
-from kvoffload.l1.remote import STORED, UNKNOWN, WRITING, Remote, Transfer, end_transfer, in_batches
+from kvoffload.l1.remote import FEW, STORED, UNKNOWN, WRITING, Remote, Transfer, end_transfer, in_batches
 from kvoffload.messages import WriteBlocks, WriteFinished
 
 AHEAD_SHARE = 0.05
@@ -20,6 +20,8 @@ AHEAD = 256
 def on_commit(parts: Parts, remote: Remote, ready: Sequence[int]) -> Slices[int]:
     """These became READY; how many of them were saved, and not fetched."""
     stored = remote.stored
+    if len(ready) >= FEW and remote.all_stored[ready].all():
+        return 0  # all were fetched
     saved = [slot for slot in ready if not stored[slot]]
     if remote.config.ingestion == "all":
         yield from _write(parts, remote, saved)

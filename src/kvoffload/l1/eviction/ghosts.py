@@ -53,6 +53,11 @@ class Ghosts:
         """Whether there may be some: nothing was evicted yet otherwise."""
         return self._now > 0
 
+    def may_have(self, keys: Iterable[BlockKey], count: int) -> bool:
+        """Whether one of these ``count`` keys may be remembered: False is certain."""
+        digests = np.fromiter(map(hash, keys), dtype=np.int64, count=count)
+        return bool((np.frombuffer(self.table, dtype=np.int32)[digests & self.mask] == digests >> 32).any())
+
     def pop(self, digest: int) -> bool:
         """Whether the key with this hash was among the last ``bound`` evicted, and has not been popped since."""
         at = digest & self.mask

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
 
 from kvoffload.errors import InternalError
+from kvoffload.l1.eviction.policy import Many, one_by_one
 from kvoffload.l1.slots import NONE
 from kvoffload.messages import BlockKey
 
@@ -28,11 +29,11 @@ class LRU:
     def resize(self, capacity: int) -> None:
         """Of no account to LRU."""
 
-    def admit(self, slots: Iterable[int]) -> None:
+    def admit(self, slots: Many) -> None:
         after, before, head = self._after, self._before, self._head
         last = before[head]
         count = 0
-        for slot in slots:
+        for slot in one_by_one(slots):
             after[last] = slot
             before[slot] = last
             last = slot
@@ -41,9 +42,9 @@ class LRU:
         before[head] = last
         self._length += count
 
-    def touch(self, slots: Iterable[int]) -> None:
+    def touch(self, slots: Many) -> None:
         after, before, head = self._after, self._before, self._head
-        for slot in slots:
+        for slot in one_by_one(slots):
             previous, following = before[slot], after[slot]
             after[previous] = following
             before[following] = previous

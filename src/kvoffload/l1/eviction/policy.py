@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
+import numpy as np
+from numpy.typing import NDArray
+
 from kvoffload.messages import BlockKey
+
+Many = Sequence[int] | NDArray[np.intp]
+
+
+def one_by_one(slots: Many) -> Sequence[int]:
+    """As plain numbers."""
+    return slots.tolist() if isinstance(slots, np.ndarray) else slots
 
 
 class EvictionPolicy(Protocol):
@@ -21,10 +31,10 @@ class EvictionPolicy(Protocol):
     def resize(self, capacity: int) -> None:
         """There are ``capacity`` slots now."""
 
-    def admit(self, slots: Iterable[int]) -> None:
+    def admit(self, slots: Many) -> None:
         """These became READY; none of them is in the order."""
 
-    def touch(self, slots: Iterable[int]) -> None:
+    def touch(self, slots: Many) -> None:
         """These were used again; all of them are in the order."""
 
     def begin(self) -> None:

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import pairwise
+
+import numpy as np
 
 from kvoffload.errors import InternalError
 from kvoffload.l1.eviction.ghosts import Ghosts
+from kvoffload.l1.eviction.policy import Many, one_by_one
 from kvoffload.l1.slots import NONE
 from kvoffload.messages import BlockKey
 
 HOTTEST = 3
 """A slot's uses are counted up to this."""
+
+MANY = 32
+"""From so many slots on numpy is faster than a loop."""
 
 CHANCES = 500
 """How many used slots get another round in one reservation; behind that slots go in their order, used or not. The paper's loop has no
@@ -45,6 +51,7 @@ class S3FIFO:
         self.ghosts = Ghosts(capacity)
         self._small_share = 1
         self._chances = CHANCES
+        self.many = MANY
         self.clear()
 
     def __len__(self) -> int:
@@ -55,14 +62,16 @@ class S3FIFO:
         self._small_share = max(1, int(self._small_ratio * capacity))
         self.ghosts.bound = max(0, capacity - self._small_share)
 
-    def admit(self, slots: Iterable[int]) -> None:
+    def admit(self, slots: Many) -> None:
+        if len(slots) >= self.many and self._admit_all(slots):
+            return
         after, before, heat, keys = self._after, self._before, self._heat, self._keys
         ghosts = self.ghosts
         table, mask, has_any = ghosts.table, ghosts.mask, ghosts.has_any
         head = self._head
         last = before[head]
         count = 0
-        for slot in slots:
+        for slot in one_by_one(slots):
             if has_any:  # a look at the table is a cache miss, or its page's first use
                 digest = hash(keys[slot])
                 if table[digest & mask] == digest >> 32 and ghosts.pop(digest):
@@ -77,9 +86,29 @@ class S3FIFO:
         before[head] = last
         self._small += count
 
-    def touch(self, slots: Iterable[int]) -> None:
+    def _admit_all(self, slots: Many) -> bool:
+        """The usual case: none of them is a ghost. False, and nothing changed, where some may be."""
+        at, ghosts, head = np.asarray(slots, dtype=np.intp), self.ghosts, self._head
+        if ghosts.has_any and ghosts.may_have(map(self._keys.__getitem__, one_by_one(slots)), len(slots)):
+            return False
+        after, before = np.frombuffer(self._after, dtype=np.int32), np.frombuffer(self._before, dtype=np.int32)
+        first, last, end = int(slots[0]), int(slots[-1]), self._before[head]
+        after[at[:-1]] = at[1:]
+        before[at[1:]] = at[:-1]
+        self._after[end], self._before[first] = first, end
+        self._after[last], self._before[head] = head, last
+        np.frombuffer(self._heat, dtype=np.uint8)[at] = _SMALL
+        self._small += len(slots)
+        return True
+
+    def touch(self, slots: Many) -> None:
         heat = self._heat
-        for slot in slots:
+        if len(slots) >= self.many:
+            column, at = np.frombuffer(heat, dtype=np.uint8), np.asarray(slots, dtype=np.intp)
+            warmths = column[at]
+            column[at] = warmths + (warmths & _USES != HOTTEST)
+            return
+        for slot in one_by_one(slots):
             warmth = heat[slot]
             if warmth & _USES != HOTTEST:
                 heat[slot] = warmth + 1
