@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from kvoffload.l2.nodes_table import SLOTS, NodesTable, owners_by_rendezvous
+from kvoffload.l2.ring import FEW, words_of
 from kvoffload.messages import BlockKey, Node
 
 
@@ -31,5 +34,6 @@ class SlotRing:
         return self._owners[int.from_bytes(key[:8]) % SLOTS]
 
     def nodes_of(self, keys: Sequence[BlockKey]) -> list[Node | None]:
-        owners = self._owners
-        return [owners[int.from_bytes(key[:8]) % SLOTS] for key in keys]
+        if len(keys) <= FEW:
+            return [self.node_of(key) for key in keys]
+        return list(map(self._owners.__getitem__, (words_of(keys) % np.uint64(SLOTS)).tolist()))
