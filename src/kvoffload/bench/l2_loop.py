@@ -153,12 +153,15 @@ async def _on_infinistore(server: InfiniStore, rounds: int) -> Times:
 
 
 async def _on_three(rounds: int) -> Times:
-    """Nodes that take no time while they are written to, and a round trip for each call afterwards."""
+    """Nodes that take no time while they are written to, and a round trip for each call afterwards.
+
+    They move values in threads: what a real node does elsewhere is not the loop's.
+    """
     stores: dict[str, FakeStore] = {}
     latency_s = 0.0
 
     def make(address: NodeAddress, settings: L2Settings, value_bytes: int) -> L2Node:
-        return FakeNode(address.name, stores.setdefault(address.name, FakeStore()), latency_s=latency_s)
+        return FakeNode(address.name, stores.setdefault(address.name, FakeStore()), latency_s=latency_s, in_thread=True)
 
     def between() -> L2Node:
         nonlocal latency_s

@@ -5,16 +5,20 @@ from __future__ import annotations
 import random
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Literal
+from functools import partial
+from typing import Literal, TypeVar
 
 import anyio
+import anyio.to_thread
 from anyio.lowlevel import checkpoint
 
 from kvoffload.errors import MisuseError
 from kvoffload.l2.node import Item, NodeUnreachable, Outcome
+
+T = TypeVar("T")
 
 Kind = Literal["find", "read", "write", "ping"]
 KINDS: tuple[Kind, ...] = ("find", "read", "write", "ping")
@@ -114,7 +118,9 @@ class FakeNode:
     """An `L2Node` on anyio alone, for asyncio and trio. All handles are for the loop's thread.
 
     A call takes ``latency_s`` (a number, or drawn evenly between two by ``seed``), and then its values one after another at
-    ``bytes_per_s``. ``clock`` is that of the deadlines: in virtual time pass `anyio.current_time`.
+    ``bytes_per_s``. ``clock`` is that of the deadlines: in virtual time pass `anyio.current_time`. With ``in_thread`` values are
+    looked up and moved in a thread, as by nodes that are there, so that a loop's time can be measured beside it: at no
+    ``bytes_per_s``, and what was asked for is not kept in `calls`.
     """
 
     def __init__(
@@ -127,8 +133,12 @@ class FakeNode:
         settle_s: float | None = None,
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
+        in_thread: bool = False,
     ) -> None:
+        if in_thread and bytes_per_s is not None:
+            raise MisuseError("a fake node that moves values in a thread does so as fast as it can: leave bytes_per_s out")
         self._name = name
+        self._in_thread = in_thread
         self.store = FakeStore() if store is None else store
         self.latency_s = latency_s
         self.bytes_per_s = bytes_per_s
@@ -213,7 +223,7 @@ class FakeNode:
                 await self._begin("find", fault)
             except _Lost:
                 return None
-            answer = [name in self.store.values and self._fault_of("find", name, fault) is not NodeFault.ABSENT for name in names]
+            answer = await self._perform(partial(self._find_all, names, fault))
         return None if fault is NodeFault.ERROR else answer
 
     async def read(self, items: Sequence[Item], deadline: float) -> list[Outcome]:
@@ -251,13 +261,19 @@ class FakeNode:
 
     # ------------------------------------------------------------ inside
 
-    def _enter(self, kind: Kind, names: Sequence[str], deadline: float) -> NodeFault:
-        self.calls.append(NodeCall(kind, tuple(names), deadline))
+    def _enter(self, kind: Kind, names: Iterable[str], deadline: float) -> NodeFault:
+        self.calls.append(NodeCall(kind, () if self._in_thread else tuple(names), deadline))
         return self._next[kind].popleft() if self._next[kind] else self._always[kind]
 
     def _fault_of(self, kind: Kind, name: str, fault: NodeFault) -> NodeFault:
         own = self._of_name.get((kind, name), NodeFault.NONE)
         return fault if own is NodeFault.NONE else own
+
+    async def _perform(self, work: Callable[[], T]) -> T:
+        return await anyio.to_thread.run_sync(work) if self._in_thread else work()
+
+    def _find_all(self, names: Sequence[str], fault: NodeFault) -> list[bool]:
+        return [name in self.store.values and self._fault_of("find", name, fault) is not NodeFault.ABSENT for name in names]
 
     async def _begin(self, kind: Kind, fault: NodeFault) -> int:
         """All that comes before the first byte; returns the store's epoch. Raises _Lost, InjectedNodeCrash."""
@@ -299,7 +315,7 @@ class FakeNode:
     async def _transfer(
         self, kind: Kind, one: Callable[[Item, NodeFault], Outcome], items: Sequence[Item], deadline: float
     ) -> list[Outcome]:
-        fault = self._enter(kind, [item.name for item in items], deadline)
+        fault = self._enter(kind, (item.name for item in items), deadline)
         outcomes: list[Outcome] = []
         rest = Outcome.LATE
         self._running[kind] += 1
@@ -308,7 +324,9 @@ class FakeNode:
             with anyio.move_on_after(deadline - self._clock()):
                 try:
                     epoch = await self._begin(kind, fault)
-                    for item in items:
+                    if self._in_thread:
+                        outcomes = await self._perform(lambda: [one(item, self._fault_of(kind, item.name, fault)) for item in items])
+                    for item in items if not self._in_thread else ():
                         if self.bytes_per_s is not None:
                             await self._pass(item.buffer.nbytes / self.bytes_per_s, epoch)
                         outcomes.append(one(item, self._fault_of(kind, item.name, fault)))
@@ -316,8 +334,8 @@ class FakeNode:
                     rest = Outcome.FAILED
         finally:
             self._running[kind] -= 1
-        unsettled = [item for item, outcome in zip(items, outcomes, strict=False) if outcome is Outcome.UNSETTLED]
-        self._unsettled += unsettled
+        if Outcome.UNSETTLED in outcomes:
+            self._unsettled += [item for item, outcome in zip(items, outcomes, strict=False) if outcome is Outcome.UNSETTLED]
         return outcomes + [rest] * (len(items) - len(outcomes))
 
     def _read_one(self, item: Item, fault: NodeFault) -> Outcome:
