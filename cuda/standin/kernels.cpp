@@ -121,7 +121,8 @@ void run_here(Launch& launch, bool reverse) {
     kv_launch(launch.name.c_str(), launch.grid, launch.block, parameters);
 }
 
-// Values from `kernelParams` or, if there is none, from `extra`.
+// Values from `kernelParams` or, if there is none, from `extra`. The former say nothing of sizes, to CUDA as little as here: too small a
+// parameter is seen by what is read behind it.
 void read_parameters(Call& call, Launch& launch, void** parameters, void** extra) {
     const auto sizes = parameter_sizes(launch.name);
     if (sizes.size() != NUM_PARAMETERS) call.refuse(Rule::LAUNCH_PARAMETERS, INVALID_VALUE, "the stand-in knows another signature of " + launch.name);
@@ -129,18 +130,8 @@ void read_parameters(Call& call, Launch& launch, void** parameters, void** extra
         call.refuse(Rule::LAUNCH_PARAMETERS, INVALID_VALUE, "parameters come by kernelParams or by extra");
     }
     if (parameters) {
-        // Packed one behind the other, as cuda.bindings does it, they show how large the caller thinks they are.
-        bool is_packed = true;
-        for (size_t i = 0; i + 1 < sizes.size(); ++i) {
-            const auto gap = static_cast<char*>(parameters[i + 1]) - static_cast<char*>(parameters[i]);
-            is_packed = is_packed && gap > 0 && gap <= 8;
-        }
         for (size_t i = 0; i < sizes.size(); ++i) {
             if (!parameters[i]) call.refuse(Rule::LAUNCH_PARAMETERS, INVALID_VALUE, "parameter " + std::to_string(i) + " is missing");
-            const auto gap = i + 1 < sizes.size() ? static_cast<size_t>(static_cast<char*>(parameters[i + 1]) - static_cast<char*>(parameters[i])) : sizes[i];
-            if (is_packed && gap != sizes[i]) {
-                call.refuse(Rule::LAUNCH_PARAMETERS, INVALID_VALUE, "parameter " + std::to_string(i) + " of " + launch.name + " has " + std::to_string(sizes[i]) + " bytes, not " + std::to_string(gap));
-            }
             memcpy(&launch.values[i], parameters[i], sizes[i]);
         }
         return;
