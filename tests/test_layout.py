@@ -237,6 +237,13 @@ def test_the_number_of_blocks_does_not_count_in_the_digest() -> None:
     assert apart[0] == apart[1]
 
 
+def test_the_order_of_what_is_outside_of_blocks_counts() -> None:
+    """Heads outside of K and V, or K and V outside of heads, and blocks inside of both: strides beyond a block, and in one order."""
+    inner, outer = np.zeros((2, 3, 6, 8), np.uint8).transpose(0, 2, 1, 3), np.zeros((3, 2, 6, 8), np.uint8).transpose(1, 2, 0, 3)
+    assert inner.shape == outer.shape == (2, 6, 3, 8)
+    assert layout_of({"a": inner}).digest() != layout_of({"a": outer}).digest()
+
+
 def test_blocks_behind_k_and_v() -> None:
     tensor = np.zeros((2, 6, 4, 8), np.uint8)
     layout = layout_of({"a": tensor})

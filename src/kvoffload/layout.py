@@ -105,10 +105,9 @@ class BlockLayout:
     @property
     def alignment(self) -> int:
         """The widest access, 1, 2, 4, 8 or 16 bytes, that every run allows in every block and in every slot of an aligned segment."""
-        bits, offset = MAX_ALIGNMENT, HEADER_BYTES
-        for run in self.runs:
-            bits |= run.address | run.block_stride | run.size | offset
-            offset += run.size
+        bits = MAX_ALIGNMENT | HEADER_BYTES
+        for run in self.runs:  # offsets in a slot are the header and sizes of others
+            bits |= run.address | run.block_stride | run.size
         return bits & -bits
 
     def digest(self) -> bytes:

@@ -129,6 +129,27 @@ def test_an_engine_that_does_not_clear_headers_is_found(rig: Rig) -> None:
         run_proof(rig, Sloppy(rig.engine))
 
 
+def test_an_engine_that_writes_behind_a_blocks_bytes_is_found(rig: Rig) -> None:
+    class Long(FaultyCopyEngine):
+        def save(self, *arguments: object) -> np.ndarray[tuple[int, ...], np.dtype[np.bool_]]:
+            flags = super().save(*arguments)  # type: ignore[arg-type]
+            rig.segment.slot(0)[64 + rig.layout.payload_bytes] = 0
+            return flags
+
+    with pytest.raises(LayoutError, match="behind a block's bytes"):
+        run_proof(rig, Long(rig.engine))
+
+
+def test_a_plan_of_another_length_is_not_run(rig: Rig) -> None:
+    """It might leave the slot: at the end of the segment that is memory of somebody else."""
+    first, *others = rig.layout.runs
+    for runs in ((first, *others, first), tuple(others)):
+        engine = FaultyCopyEngine(rig.engine)
+        with pytest.raises(LayoutError, match=r"768 bytes, and (1024|512) are copied"):
+            prove(replace(rig.layout, runs=runs), engine, rig.caches, rig.segment, rig.ledger)
+        assert engine.calls == []
+
+
 def test_an_engine_that_writes_beyond_the_slot_is_found(rig: Rig) -> None:
     class Wide(FaultyCopyEngine):
         def load(self, *arguments: object) -> None:

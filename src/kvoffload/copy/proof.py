@@ -35,8 +35,9 @@ def prove(layout: BlockLayout, engine: CopyEngine, tensors: Mapping[str, Tensor]
     watched = sorted({0, *(near for block in (first, second, third) for near in (block - 1, block, block + 1) if near < count)})
     views = {name: _Blocks(name, tensor, count) for name, tensor in tensors.items()}
     in_slot = _SlotOrder(views)
-    if in_slot.total_bytes != sum(run.size for run in layout.runs) or in_slot.total_bytes != layout.payload_bytes:
-        raise LayoutError(f"the layout proof failed: a block has {in_slot.total_bytes} bytes, and {layout.payload_bytes} are copied")
+    planned = sum(run.size for run in layout.runs)
+    if not in_slot.total_bytes == planned == layout.payload_bytes:
+        raise LayoutError(f"the layout proof failed: a block has {in_slot.total_bytes} bytes, and {planned} are copied")
     slots = np.arange(min(2, segment.slots), dtype=np.int64)
     sources = np.array([first, second], dtype=np.int64)[: len(slots)]
     targets = np.array([third, first], dtype=np.int64)[: len(slots)]
