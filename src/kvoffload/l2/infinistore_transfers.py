@@ -377,8 +377,7 @@ def _plan(rows: Sequence[int], arena: bytearray) -> array[int]:
     """Of rows whose requests are said by their place in the arena. They are kept in one run of memory, which must not grow."""
     plan, address = array("q", rows), _address(arena)
     for column in (native.REQUEST, native.SECOND):
-        for place in range(column, len(plan), native.PLAN_COLUMNS):
-            plan[place] += address
+        plan[column :: native.PLAN_COLUMNS] = array("q", [address + place for place in rows[column :: native.PLAN_COLUMNS]])
     return plan
 
 
