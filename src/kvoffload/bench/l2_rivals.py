@@ -154,6 +154,33 @@ class RawSocket:
         return time.perf_counter() - begun
 
 
+def least_read(server: InfiniStore, name: str, count: int) -> list[float]:
+    """Seconds of each of ``count`` reads of one short value of `InfiniStoreTcpNode`, pointer and value, by a thread that does nothing
+    else: two round trips of the server and no hand-over, which is the least that a read can take."""
+    key = name.encode()
+    took: list[float] = []
+    with socket.create_connection((server.host, server.port), timeout=ANSWER_S) as connection:
+        connection.settimeout(None)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+        def get(wanted: bytes) -> bytes:
+            connection.sendall(payload_template(GET, len(wanted), 0).fill(wanted))
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
+            code = int.from_bytes(connection.recv(4, socket.MSG_WAITALL), "little")
+            if code != Code.FINISHED:
+                raise PeerError(f"the server has no {wanted!r}: {code}")
+            return connection.recv(int.from_bytes(connection.recv(4, socket.MSG_WAITALL), "little"), socket.MSG_WAITALL)
+
+        for _ in range(count):
+            begun = time.perf_counter()
+            pointer = parse_pointer(get(key))
+            if pointer is None:
+                raise PeerError(f"what the server has under {name} is no pointer")
+            get(pointer.keys(key)[0])
+            took.append(time.perf_counter() - begun)
+    return took
+
+
 class PlainClient:
     """A client of the same server as anybody would write it in asyncio: values under their own names, one at a time, on the loop."""
 
