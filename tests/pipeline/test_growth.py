@@ -197,7 +197,7 @@ SMALL = Config.load({"l1": {"capacity_bytes": 8 * SLOT, "reserve_bytes": 0}})
 class OnGpu:
     """A tensor in a GPU that this machine does not have."""
 
-    shape, dtype, device = (BLOCKS, PAGE), "torch.uint8", "cuda:0"
+    shape, dtype, device = (BLOCKS, PAGE), "torch.uint8", "cuda:99"
 
     def stride(self) -> tuple[int, int]:
         return (PAGE, 1)
