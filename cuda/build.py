@@ -66,7 +66,7 @@ def run(command: Sequence[str], directory: Path) -> str:
 
 
 def build(output: Path, source: Path = SOURCE, architectures: Sequence[int] = ARCHITECTURES, flags: Sequence[str] = WARNINGS) -> None:
-    """Compile ``source`` into a fatbin at ``output``. BuildError with the compiler's words, a spilled register being one of its errors."""
+    """Compile ``source`` into a fatbin at ``output``. BuildError with the compiler's words; a spilled register is one of its errors."""
     targets = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in architectures]
     targets.append(f"-gencode=arch=compute_{PTX},code=compute_{PTX}")
     # The source is named without its directory, or a path would be a part of the bytes.

@@ -21,7 +21,7 @@ from tests.cuda.kernels.cases import GUARD, Check, cases
 from tests.cuda.kernels.large import LARGE
 from tests.cuda.kernels.shim import KERNELS, Geometry, Launch, Shim
 
-CASE_CPU_S = 0.5
+CASE_CPU_S = 0.3
 """Processor time that a case of a mutant may take, many times what the slowest takes: an endless loop is a failure too."""
 
 

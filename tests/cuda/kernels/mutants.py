@@ -234,13 +234,13 @@ MUTANTS: tuple[Mutant, ...] = (
 )
 
 
-def one_source(mutants: Sequence[Mutant], source: str) -> str:
-    """All mutants as one source, each kernel with the prefix ``m<index>_``: to start a compiler once costs less than once for each."""
+def one_source(sources: Sequence[str]) -> str:
+    """Variants of kv_copy.cu as one source, their kernels with the prefix ``m<index>_``: to start a compiler once costs less."""
     lines = ["#include <stdint.h>"]
-    for index, mutant in enumerate(mutants):
+    for index, source in enumerate(sources):
         names = {kernel: f"m{index}_{kernel}" for kernel in KERNELS}
         lines += ["#undef KV_UNROLL", *(f"#define {kernel} {name}" for kernel, name in names.items())]
-        lines += [f"namespace m{index} {{", mutant.apply(source), "}"]
+        lines += [f"namespace m{index} {{", source, "}"]
         lines += [line for kernel, name in names.items() for line in (f"#undef {kernel}", f"using m{index}::{name};")]
-    entries = (f"KV_KERNEL(m{index}_{kernel})" for index in range(len(mutants)) for kernel in KERNELS)
+    entries = (f"KV_KERNEL(m{index}_{kernel})" for index in range(len(sources)) for kernel in KERNELS)
     return "\n".join([*lines, f"#define KV_KERNELS {' '.join(entries)}", ""])

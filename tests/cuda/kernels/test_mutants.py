@@ -24,8 +24,8 @@ def fates(directory: Path, mutants: Sequence[Mutant]) -> dict[Mutant, str | None
     """What killed each of the mutants; None where nothing did. One compilation, one process that forks for each."""
     directory.mkdir()
     source = directory / "mutants.cu"
-    source.write_text(one_source(mutants, SOURCE.read_text()))
-    library = build_shim(directory, source=source, flags=("-O1", "-w"))
+    source.write_text(one_source([mutant.apply(SOURCE.read_text()) for mutant in mutants]))
+    library = build_shim(directory, source=source, flags=("-Og", "-w"))
     prefixes = [f"m{index}_" for index in range(len(mutants))]
     command = [sys.executable, "-m", "tests.cuda.kernels.driver", str(library), "--prefix", *prefixes]
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
