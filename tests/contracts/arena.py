@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from functools import cache
 
 from kvoffload.segment import Segment
@@ -16,19 +17,25 @@ class Arena:
     def __init__(self, num_bytes: int = ARENA_BYTES) -> None:
         self.segment = Segment.create(num_bytes, 1)
         self._free = [(0, num_bytes)]
+        self._returned: deque[tuple[int, int]] = deque()
+        """Since the last `take`: finalizers run at any time, in the middle of it too, and in any thread."""
 
     def take(self, size: int) -> memoryview:
         """Zeros. One byte lies between any two."""
+        self._merge_returned()
         index, start = next((index, start) for index, (start, end) in enumerate(self._free) if end - start > size)
         self._free[index] = (start + size + 1, self._free[index][1])
         view = self.segment.array[start : start + size]
         view[:] = 0
-        weakref.finalize(view, self._give_back, start, start + size + 1)
+        weakref.finalize(view, self._returned.append, (start, start + size + 1))
         return view.data
 
-    def _give_back(self, start: int, end: int) -> None:
+    def _merge_returned(self) -> None:
+        spans = list(self._free)
+        while self._returned:
+            spans.append(self._returned.popleft())
         merged: list[tuple[int, int]] = []
-        for span in sorted([*self._free, (start, end)]):
+        for span in sorted(spans):
             if merged and merged[-1][1] == span[0]:
                 merged[-1] = (merged[-1][0], span[1])
             else:
