@@ -39,6 +39,7 @@ enum : Result {
     CAPTURE_IMPLICIT = 906,
     CAPTURED_EVENT = 907,
     CAPTURE_WRONG_THREAD = 908,
+    UNKNOWN = 999,
 };
 
 enum : Handle { LEGACY_STREAM = 1, PER_THREAD_STREAM = 2 };

@@ -115,8 +115,9 @@ Result Call::wait(Lock& lock, const MomentPtr& moment) {
     if (!is_over()) {
         w.report.block(function_, 1);
         w.changed.notify_all();
-        w.changed.wait(lock, is_over);
+        w.changed.wait_for(lock, std::chrono::milliseconds(w.settings.patience_ms), is_over);
         if (w.generation == generation_) w.report.block(function_, -1);
+        if (!is_over()) refuse(Rule::PATIENCE, UNKNOWN, "what it waits for has not happened, and does not seem to");
     }
     if (w.generation != generation_) return DEINITIALIZED;
     return moment->state == Moment::State::FAILED ? moment->code : SUCCESS;

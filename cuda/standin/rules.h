@@ -17,6 +17,7 @@ namespace standin {
     rule(EVENT_BUSY, "event-busy", "an event is not destroyed while it is recorded and pending")                             \
     rule(EVENT_UNRECORDED, "event-unrecorded", "waiting for an event that was never recorded waits for nothing")             \
     rule(EVENT_SPINS, "event-spins", "a thread that waits for an event without CU_EVENT_BLOCKING_SYNC burns a core")         \
+    rule(PATIENCE, "patience", "no call waits for longer than a test may take")                                             \
     rule(EVENT_TIMING, "event-timing", "elapsed time needs two recorded events that were made with timing")                  \
     rule(DEFAULT_STREAM, "default-stream", "a batch does not go into the legacy default stream")                             \
     rule(BATCH_EMPTY, "batch-empty", "a batch of no copies is not submitted")                                                \

@@ -32,6 +32,7 @@ bool Settings::set(const std::string& setting, int64_t value) {
         {"seed", &Settings::seed},
         {"jitter_us", &Settings::jitter_us},
         {"kernel_reverse", &Settings::kernel_reverse},
+        {"patience_ms", &Settings::patience_ms},
         {"report_races", &Settings::report_races},
         {"report_spinning", &Settings::report_spinning},
     };

@@ -35,6 +35,7 @@ struct Settings {
     int64_t seed = 0;
     int64_t jitter_us = 0;
     int64_t kernel_reverse = 1;
+    int64_t patience_ms = 40000;
     int64_t report_races = 1;
     int64_t report_spinning = 1;
 

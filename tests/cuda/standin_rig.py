@@ -57,6 +57,14 @@ class Gpu:
             raise AssertionError(f"{name} answered {code}")
         return answer
 
+    def undo(self, how: Callable[[], Any]) -> None:
+        """When this is closed."""
+        self._made.append(how)
+
+    def forget(self) -> None:
+        """Everything is gone already."""
+        self._made.clear()
+
     def open(self) -> Gpu:
         self.do("cuInit", 0)
         self.context = self.do("cuDevicePrimaryCtxRetain", self.do("cuDeviceGet", 0))
@@ -167,3 +175,13 @@ class Outcome:
         if self.error is not None:
             raise self.error
         return self.value
+
+
+@contextmanager
+def opened(standin: Standin) -> Iterator[Gpu]:
+    """Device 0, current in this thread, and everything given back at the end."""
+    gpu = Gpu(standin).open()
+    try:
+        yield gpu
+    finally:
+        gpu.close()

@@ -128,6 +128,8 @@ class Machine:
     """Each operation of a stream waits up to so long first, by `seed`."""
     kernel_reverse: bool = True
     """Kernels run from the last thread of the last block to the first."""
+    patience_ms: int = 40_000
+    """A call that waits for so long gives up with CUDA_ERROR_UNKNOWN, and it is a violation: a test fails rather than hang."""
     report_races: bool = True
     """An operation that is enqueued over memory which another stream's earlier one, still pending and not waited for, touches."""
     report_spinning: bool = True
