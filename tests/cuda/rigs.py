@@ -64,6 +64,8 @@ class CudaRig(Rig):
         return cls.of(standin, caches, slots, settings, prepared=prepared)
 
     def close(self) -> None:
+        for state in self.standin.streams():
+            self.standin.release(state.handle)  # where a test that failed has left them held
         super().close()
         for array in self.memory:
             self.standin.forget(array)
