@@ -264,6 +264,14 @@ def test_an_engine_that_needs_no_leave_is_asked_after_each_step(segment: Segment
     assert engine.asked == grown == [128, 256, 384, 512]
 
 
+def test_no_slot_is_reported_that_the_engine_does_not_give(segment: Segment) -> None:
+    engine, grown = Engine(), list[int]()
+    engine.most = 70
+    populator = Populator(segment, grown.append, step_bytes=MIB, preparation=gpu(engine.prepare, 100))
+    assert populator.first_slots(WAIT_S) == 70
+    assert grown == [70]
+
+
 def test_what_memory_allowed_is_prepared_too() -> None:
     full = FullMachine.create(4 * MIB, 8192)
     engine, grown = Engine(), list[int]()
