@@ -52,7 +52,7 @@ def test_pieces_that_may_never_go_by_kernel() -> None:
 @pytest.mark.parametrize("setting", ["descriptors_per_call", "kernel_blocks", "inflight_bytes", "pin_piece_bytes"])
 def test_settings_that_cannot_be(setting: str) -> None:
     with pytest.raises(ConfigError, match=f"gpu.{setting} = 0"):
-        replace(GpuCopySettings(), **{setting: 0})
+        replace(GpuCopySettings(), **{setting: 0})  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------- in the engine

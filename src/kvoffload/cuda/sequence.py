@@ -95,6 +95,16 @@ def _wait_window(calls: Any, lane: Any, window: int) -> Any:
 
 
 @register_jitable
+def _wait_last(calls: Any, lane: Any, windows: int) -> Any:
+    """Wait for the last of so many windows, and for the one before: each tells of its own errors."""
+    for window in range(max(0, windows - 2), windows):
+        failure = _wait_window(calls, lane, window & 1)
+        if failure != 0:
+            return failure
+    return np.int64(0)
+
+
+@register_jitable
 def _submit_pieces(calls: Any, lane: Any, pieces: Any, count: int, by_batches: bool) -> Any:
     """One window of descriptors, ``pieces`` being rows of destinations, sources and sizes."""
     if by_batches:
@@ -147,7 +157,7 @@ def _copy_pieces(
     failure = _submit_pieces(calls, lane, descriptors[windows & 1], count, by_batches)
     if failure == 0:
         failure = _end_window(calls, lane, windows & 1)
-    return failure if failure != 0 else _wait_window(calls, lane, windows & 1)
+    return failure if failure != 0 else _wait_last(calls, lane, windows + 1)
 
 
 @register_jitable
@@ -192,7 +202,7 @@ def _copy_items(
         if failure != 0:
             return failure
         windows += 1
-    return _wait_window(calls, lane, (windows - 1) & 1) if windows > 0 else np.int64(0)
+    return _wait_last(calls, lane, windows)
 
 
 @register_jitable
@@ -246,7 +256,8 @@ def _copy(
         calls, lane, descriptors, kernel, items, parameters, plan, segment, slot_bytes,
         to_slots, how, mark, blocks, slots, pinned, ledger, epochs, flags,
     )  # fmt: skip
-    if failure != 0:
+    if failure != 0 and _invoke(calls[SETTLE], (lane[STREAM],)) != 0:
+        # It may have waited, and then told of the error that is known already: asked again it has nothing to tell.
         lane[UNSETTLED] = np.uint64(_invoke(calls[SETTLE], (lane[STREAM],)))
     restored = _exchange_mode(calls, lane)
     return failure if failure != 0 else restored

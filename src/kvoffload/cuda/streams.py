@@ -64,13 +64,20 @@ class EventPool:
         handles, self._all = self._all, []
         self.free.clear()
         for handle in handles:
+            if handle in self._recorded and self._is_still_to_come(handle):
+                log.debug("an event that is still to come is left to the driver")
+                continue
             try:
-                if handle in self._recorded:
-                    self._driver.call("cuEventQuery", handle)
                 self._driver.call("cuEventDestroy", handle)
             except CudaError as error:
-                say = log.debug if error.code == _NOT_READY else log.warning
-                say("an event is left to the driver", reason=str(error))
+                log.warning("an event is not given back", reason=str(error))
+
+    def _is_still_to_come(self, handle: int) -> bool:
+        try:
+            self._driver.call("cuEventQuery", handle)
+        except CudaError as error:
+            return error.code == _NOT_READY
+        return False
 
     def _create(self) -> int:
         handle = int(self._driver.call("cuEventCreate", _EVENT_FLAGS))
