@@ -1,4 +1,4 @@
-"""The command ``kvoffload``: demo, bench, l2, members, config, version. Also ``python -m kvoffload.cli``."""
+"""The command ``kvoffload``: demo, bench, doctor, l2, members, config, version. Also ``python -m kvoffload.cli``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ BENCHES = ("copy", "index", "keys", "hooks", "ttft", "engine", "saves", "l2")
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; the exit status. 0: done, 1: it did not succeed, 2: it was called wrongly, 130: interrupted."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    if options.command == "bench" and options.gpu and options.figure != "copy":
+        parser.error("--gpu goes with `bench copy` alone")
     try:
         return _run(options)
     except KeyboardInterrupt:
@@ -33,11 +36,19 @@ def _run(options: argparse.Namespace) -> int:
             nodes = [node for node in options.infinistore.split(",") if node]
             return run_demo(l1_bytes=l1_bytes, multiprocessing=options.multiprocessing, verbose=options.verbose, infinistore=nodes)
         case "bench":
+            if options.gpu:
+                from kvoffload.cli.bench_gpu import run_gpu_bench
+
+                return run_gpu_bench(options.device, quick=options.quick, as_json=options.json, strict=options.strict)
             from kvoffload.cli.bench import run_benches, runners
 
             names = BENCHES if options.figure == "all" else (options.figure,)
             server = (options.infinistore, options.native_client)
             return run_benches(runners(names, *server), quick=options.quick, as_json=options.json, strict=options.strict)
+        case "doctor":
+            from kvoffload.cli.doctor import run_doctor
+
+            return run_doctor(gpu=options.gpu, device=options.device)
         case "l2":
             from kvoffload.cli.l2 import run_l2
 
@@ -72,6 +83,13 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument("--strict", action="store_true", help="exit with 1 when a figure falls short or is not measured")
     bench.add_argument("--infinistore", metavar="HOST:PORT", help="for l2: a server that nobody needs; values of 4 MiB may freeze it")
     bench.add_argument("--native-client", metavar="COMMAND", help="for l2: a Python that has infinistore's client (default: this one)")
+
+    bench.add_argument("--gpu", action="store_true", help="for copy: between a GPU and host memory, and where the kernel beats DMA")
+    bench.add_argument("--device", type=int, default=0, metavar="N", help="for --gpu: which GPU that CUDA sees (default: 0)")
+
+    doctor = commands.add_parser("doctor", help="what kvoffload meets on this machine, to be pasted into a bug report")
+    doctor.add_argument("--gpu", action="store_true", help="prove copies between a GPU and host memory; 1 unless all of it is right")
+    doctor.add_argument("--device", type=int, default=0, metavar="N", help="which GPU that CUDA sees (default: 0)")
 
     l2 = commands.add_parser("l2", help="reach the nodes of the second tier, try them, empty them")
     l2.add_argument("what", choices=("ping", "check", "purge"), help="check writes, reads back and verifies blocks that nobody asks for")

@@ -44,8 +44,7 @@ def run_benches(benches: Mapping[str, Runner], *, quick: bool, as_json: bool, st
     failed: list[str] = []
     figures: list[Figure] = []
     if not as_json:
-        print("  " + "figure".ljust(NAME_WIDTH) + "value".rjust(13) + "  " + "target".ljust(12) + "verdict")
-        print("  " + "-" * (NAME_WIDTH + 13 + 2 + 12 + 11), flush=True)
+        print_heading()
     for name, runner in benches.items():
         found: list[Figure] = []
         try:
@@ -56,7 +55,7 @@ def run_benches(benches: Mapping[str, Runner], *, quick: bool, as_json: bool, st
             print(f"  {name}: could not be measured: {error}", file=sys.stderr)
         figures += found
         for figure in found:
-            print(json.dumps(asdict(figure)) if as_json else _line(figure), flush=True)
+            print(json.dumps(asdict(figure)) if as_json else line_of(figure), flush=True)
     if not as_json and figures:
         short = sum(figure.is_measured and not figure.passed for figure in figures)
         missing = sum(not figure.is_measured for figure in figures)
@@ -66,11 +65,17 @@ def run_benches(benches: Mapping[str, Runner], *, quick: bool, as_json: bool, st
     return 1 if failed or (strict and any(not figure.passed for figure in figures)) else 0
 
 
-def _line(figure: Figure) -> str:
+def print_heading() -> None:
+    print("  " + "figure".ljust(NAME_WIDTH) + "value".rjust(13) + "  " + "target".ljust(12) + "verdict")
+    print("  " + "-" * (NAME_WIDTH + 13 + 2 + 12 + 11), flush=True)
+
+
+def line_of(figure: Figure) -> str:
+    """What is printed of it, two lines where it has a detail. One without a target has no verdict."""
     digits = 3 if abs(figure.value) < 1 else 2 if abs(figure.value) < 100 else 0
     value = f"{figure.value:,.{digits}f}"
-    verdict = "pass" if figure.passed else "falls short"
+    verdict = "" if not figure.target else "pass" if figure.passed else "falls short"
     if not figure.is_measured:
         value, verdict = "-", "not measured"
-    head = f"  {figure.name.ljust(NAME_WIDTH)}{f'{value} {figure.unit}'.rjust(13)}  {figure.target.ljust(12)}{verdict}"
+    head = f"  {figure.name.ljust(NAME_WIDTH)}{f'{value} {figure.unit}'.rjust(13)}  {figure.target.ljust(12)}{verdict}".rstrip()
     return head + (f"\n      {figure.detail}" if figure.detail else "")

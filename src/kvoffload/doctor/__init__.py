@@ -1,0 +1,1 @@
+"""What `kvoffload doctor` finds out about this machine, and about its GPU."""
