@@ -45,6 +45,7 @@ class Gpu:
         self.lib = standin.lib
         self.driver: Any = driver
         self._made: list[Callable[[], Any]] = []
+        self._streams: list[int] = []
 
     def call(self, name: str, *arguments: Any) -> tuple[int, Any]:
         """``cuda.bindings.driver.<name>``: the code, and what it answers."""
@@ -64,6 +65,7 @@ class Gpu:
     def forget(self) -> None:
         """Everything is gone already."""
         self._made.clear()
+        self._streams.clear()
 
     def open(self) -> Gpu:
         self.do("cuInit", 0)
@@ -77,14 +79,17 @@ class Gpu:
         self.do("cuCtxSetCurrent", self.context)
 
     def close(self) -> None:
-        """Give everything back, last first. After a broken context nothing has to succeed."""
+        """Give everything back, last first, once nothing runs any more. After a broken context nothing has to succeed."""
+        for stream in self._streams:
+            self.driver.cuStreamSynchronize(stream)
+        self._streams.clear()
         while self._made:
             self._made.pop()()
 
     def stream(self, flags: int = NON_BLOCKING) -> int:
         handle = int(self.do("cuStreamCreate", flags))
+        self._streams.append(handle)
         self._made.append(lambda: self.driver.cuStreamDestroy(handle))
-        self._made.append(lambda: self.driver.cuStreamSynchronize(handle))
         return handle
 
     def event(self, flags: int = BLOCKING_SYNC | DISABLE_TIMING) -> int:
