@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -42,10 +42,16 @@ def filled(rig: CudaRig, byte: int) -> bytes:
     return bytes([byte]) * rig.layout.payload_bytes
 
 
-def submitted(rig: CudaRig, call: Running, stream: int) -> None:
-    """The call has told the driver all that it does before it waits (with unpinned memory: the first copy of it)."""
-    rig.standin.wait_pending(stream)
-    assert call.is_running
+def starting(rig: CudaRig, what: str, call: Callable[[], object]) -> Running:
+    """The call in a thread, once it has told the driver to wait for the mark, and behind that to copy; our stream runs up to there."""
+    lane = rig.lane(what)
+    rig.standin.hold(lane)
+    running = Running(call)
+    rig.standin.wait_pending(lane, 2)
+    assert rig.standin.stream(lane).kinds[0] == "wait"
+    rig.standin.release(lane)
+    assert running.is_running
+    return running
 
 
 # ---------------------------------------------------------------- behind the mark
@@ -55,12 +61,12 @@ def test_a_save_reads_what_was_still_to_be_written_when_it_was_marked(rig: CudaR
     standin.hold(rig.stream)
     rig.write_block(3, 0xC3)
     mark = rig.engine.mark()
-    saving = Running(lambda: rig.engine.save(ids(3), ids(5), ids(0), mark))
-    submitted(rig, saving, rig.lane("save"))
+    saving = starting(rig, "save", lambda: rig.engine.save(ids(3), ids(5), ids(0), mark))
     assert rig.block(3) != filled(rig, 0xC3)
     standin.release(rig.stream)
     assert saving.result().tolist() == [True]
     assert rig.slot(5) == filled(rig, 0xC3)
+    assert standin.violations() == []
 
 
 def test_a_save_does_not_wait_for_what_comes_behind_its_mark(rig: CudaRig, standin: Standin) -> None:
@@ -80,12 +86,12 @@ def test_a_load_comes_after_the_zeroing_of_its_destination(rig: CudaRig, standin
     standin.hold(rig.stream)
     rig.write_block(6, 0)
     mark = rig.engine.mark()
-    loading = Running(lambda: rig.engine.load(ids(5), ids(6), mark))
-    submitted(rig, loading, rig.lane("load"))
+    loading = starting(rig, "load", lambda: rig.engine.load(ids(5), ids(6), mark))
     standin.release(rig.stream)
     loading.result()
     standin.wait_idle()
     assert rig.block(6) == before
+    assert standin.violations() == []
 
 
 def test_each_copy_waits_for_its_own_mark(dma: CudaRig, standin: Standin) -> None:
@@ -96,8 +102,7 @@ def test_each_copy_waits_for_its_own_mark(dma: CudaRig, standin: Standin) -> Non
     dma.write_block(3, 0xC3)
     second = dma.engine.mark()
     dma.engine.save(ids(1), ids(1), ids(0), first)
-    waiting = Running(lambda: dma.engine.save(ids(3), ids(5), ids(0), second))
-    submitted(dma, waiting, dma.lane("save"))
+    waiting = starting(dma, "save", lambda: dma.engine.save(ids(3), ids(5), ids(0), second))
     standin.release(dma.stream)
     waiting.result()
     assert dma.slot(5) == filled(dma, 0xC3)
@@ -109,10 +114,8 @@ def test_one_mark_serves_several_copies_in_both_directions(rig: CudaRig, standin
     rig.write_block(3, 0xC3)
     rig.write_block(4, 0)
     mark = rig.engine.mark()
-    saving = Running(lambda: [rig.engine.save(ids(3), ids(slot), ids(0), mark) for slot in (5, 6)])
-    loading = Running(lambda: rig.engine.load(ids(1), ids(4), mark))
-    submitted(rig, saving, rig.lane("save"))
-    submitted(rig, loading, rig.lane("load"))
+    saving = starting(rig, "save", lambda: [rig.engine.save(ids(3), ids(slot), ids(0), mark) for slot in (5, 6)])
+    loading = starting(rig, "load", lambda: rig.engine.load(ids(1), ids(4), mark))
     standin.release(rig.stream)
     saving.result()
     loading.result()
@@ -156,6 +159,7 @@ def test_a_block_that_is_handed_over_while_it_is_read_is_seen(dma: CudaRig, stan
     standin.pause_inside(lane, 4)
     saving = Running(lambda: dma.engine.save(ids(3, 4), ids(5, 6), ids(0, 0), dma.engine.mark()))
     standin.wait_paused(lane)
+    standin.wait_blocked("cuEventSynchronize", timeout_s=5.0)
     dma.ledger.bump([4])
     for cache in dma.caches.values():
         cache[4] = 0xEE
@@ -207,7 +211,7 @@ def test_neither_direction_waits_for_the_other(rig: CudaRig, standin: Standin, f
         standin.hold(rig.lane(what))
     running = {what: Running(call) for what, call in calls.items()}
     for what in calls:
-        submitted(rig, running[what], rig.lane(what))
+        standin.wait_pending(rig.lane(what))
     standin.release(rig.lane(first))
     running[first].result()
     assert running[second].is_running

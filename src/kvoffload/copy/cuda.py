@@ -16,7 +16,7 @@ from kvoffload.copy.ids import OK, own_load, own_save, refusal
 from kvoffload.copy.plan import plan_of
 from kvoffload.cuda.batch import BatchEntry
 from kvoffload.cuda.dispatch import Direction, DispatchTable, Path
-from kvoffload.cuda.driver import CAPTURE_IMPLICIT, CudaError, Driver
+from kvoffload.cuda.driver import CudaError, Driver
 from kvoffload.cuda.kernels import Kernels
 from kvoffload.cuda.settings import CopyMode, GpuCopySettings
 from kvoffload.cuda.streams import Event, EventPool
@@ -166,7 +166,7 @@ class CudaCopyEngine:
         try:
             self._driver.bind()
             stream = self.gpu.current_stream()
-            if self._is_capturing(stream):
+            if int(self._driver.call("cuStreamIsCapturing", stream)):
                 return Mark(None, "a CUDA graph was being captured when it was marked: what a graph computes is saved when it is replayed")
             event = self._events.take()
             self._events.record(event, stream)
@@ -174,14 +174,6 @@ class CudaCopyEngine:
             return Mark(None, f"what it was to come after could not be marked: {error}")
         self._has_stepped = True
         return Mark(event)
-
-    def _is_capturing(self, stream: int) -> bool:
-        try:
-            return int(self._driver.call("cuStreamIsCapturing", stream)) != 0
-        except CudaError as error:
-            if error.code == CAPTURE_IMPLICIT:
-                return True
-            raise
 
     def save(self, blocks: Ids, slots: Ids, epochs: Ids, after: object) -> NDArray[np.bool_]:
         """See `CopyEngine.save`."""

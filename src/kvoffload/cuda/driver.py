@@ -13,8 +13,6 @@ OLDEST_DRIVER = 12000
 """cuGetProcAddress as it is used here; drivers from 525 on have it."""
 
 NOT_SUPPORTED = 801
-CAPTURE_IMPLICIT = 906
-"""The legacy default stream was asked about while another stream is being captured."""
 
 _REPORT = "please report it, with the output of `kvoffload doctor --gpu`"
 _RESTART = "the GPU's context is broken and this engine process must be restarted; `dmesg` may have an Xid with the cause"
