@@ -240,6 +240,12 @@ def test_a_kernel_that_is_hardly_faster_is_not_worth_its_multiprocessors() -> No
     assert best_choice([Cell(2048, 16, 1.0, 1.01 / KERNEL_COSTS)]) == NEVER
 
 
+def test_of_settings_that_are_as_good_the_one_with_less_for_the_kernel_is_taken() -> None:
+    assert best_choice([Cell(2048, 16, KERNEL_COSTS, 1.0), Cell(2048, 64, 4.0, 1.0)]) == Choice(4096, 64)
+    assert best_choice([Cell(2048, 16, 4.0, 1.0), Cell(4096, 16, KERNEL_COSTS, 1.0)]) == Choice(4096, 16)
+    assert best_choice([Cell(2048, 16, KERNEL_COSTS, 1.0)]) == NEVER
+
+
 def test_the_settings_in_use_are_compared() -> None:
     found = chosen(cells({16: 0, 64: 8192, 256: 8192}), GpuCopySettings(copy=CopyMode.AUTO))
     assert found.choice == Choice(8192, 64)

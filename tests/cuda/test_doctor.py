@@ -93,29 +93,32 @@ def in_the_proof(engine: FaultyCopyEngine) -> None:
     engine.corrupt_next("save")
 
 
-WRONG: dict[str, Callable[[FaultyCopyEngine], None]] = {
-    "a byte of a save, in the proof": in_the_proof,
-    "a byte of a save": after_the_proof(lambda engine: engine.corrupt_next("save")),
-    "a byte of a load": after_the_proof(lambda engine: engine.corrupt_next("load")),
-    "two blocks of a save changed places": after_the_proof(lambda engine: engine.swap_next("save")),
-    "two blocks of a load changed places": after_the_proof(lambda engine: engine.swap_next("load")),
-    "a load that did nothing": after_the_proof(lambda engine: engine.lie_next_load()),
+WRONG: dict[str, tuple[Callable[[FaultyCopyEngine], None], str]] = {
+    "a byte of a save, in the proof": (in_the_proof, "proof failed"),
+    "a byte of a save": (after_the_proof(lambda engine: engine.corrupt_next("save")), "WRONG BYTES: slots after a save: 1 differ"),
+    "a byte of a load": (
+        after_the_proof(lambda engine: engine.corrupt_next("load")),
+        "WRONG BYTES: the GPU's memory after a load: 1 differ",
+    ),
+    "two blocks of a save": (after_the_proof(lambda engine: engine.swap_next("save")), "WRONG BYTES: slots after a save"),
+    "two blocks of a load": (after_the_proof(lambda engine: engine.swap_next("load")), "WRONG BYTES: the GPU's memory after a load"),
+    "a load that did nothing": (after_the_proof(lambda engine: engine.lie_next_load()), "WRONG BYTES: the GPU's memory after a load"),
 }
 
 
 @pytest.mark.parametrize("what", WRONG)
 def test_bytes_that_are_wrong_are_found(driver: Driver, what: str) -> None:
+    fault, said = WRONG[what]
     for cache in (CACHES[0], CACHES[-1]):
         busy = DeviceMemory(driver, 4096)
-        findings = list(check_cache(driver, cache, GpuCopySettings(), busy, wrapped(WRONG[what])))
+        findings = list(check_cache(driver, cache, GpuCopySettings(), busy, wrapped(fault)))
         busy.close()
         assert [finding.state for finding in findings] == [State.FAILED] * len(WAYS)
-        for finding in findings:
-            assert "proof failed" in finding.text or "WRONG BYTES" in finding.text
+        assert all(said in finding.text for finding in findings), findings
 
 
 def test_and_are_what_the_report_says_and_the_status(standin: Standin, capsys: pytest.CaptureFixture[str]) -> None:
-    status, lines = doctor(capsys, wrap=wrapped(WRONG["a byte of a load"]))
+    status, lines = doctor(capsys, wrap=wrapped(WRONG["a byte of a load"][0]))
     assert status == 1
     assert "checks FAILED (" in lines[2]
     failed = checks_of(lines)["FAILED"]
