@@ -170,12 +170,16 @@ def test_the_legacy_default_stream_waits_for_blocking_streams_and_they_for_it(gp
     gpu.record(first, 0)
     gpu.record(gpu.event(), free)
     gpu.do("cuStreamSynchronize", free)
+    with pytest.raises(TimeoutError):
+        gpu.standin.wait_idle(1, timeout_s=0.05)
     assert gpu.call("cuEventQuery", first)[0] == 600
     gpu.standin.release(blocking)
     gpu.do("cuEventSynchronize", first)
     gpu.standin.hold(1)
     gpu.record(first, 0)
     gpu.record(last, blocking)
+    with pytest.raises(TimeoutError):
+        gpu.standin.wait_idle(blocking, timeout_s=0.05)
     assert gpu.call("cuEventQuery", last)[0] == 600
     gpu.standin.release(1)
     gpu.do("cuEventSynchronize", last)
