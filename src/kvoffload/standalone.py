@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -136,26 +136,38 @@ class Runtime:
 
     def _start(self, tensors: Mapping[str, Tensor], block_size: int) -> _Parts:
         num_blocks = int(next(iter(tensors.values())).shape[0])
-        rank = Rank.prepare(self._config, 0, tensors, num_blocks, lambda engine: engine)
-        ledger = Ledger(num_blocks)
-        namespace = namespace_digest(
-            {
-                "layout": rank.layout.digest().hex(),
-                "block size": block_size,
-                "model version": self._config.model.version,
-                "user namespace": self._config.namespace,
-            }
-        )
-        self._loop.start()
-        worker = WorkerRuntime(self._config, rank, self._loop.call_soon, self._on_load_ended)
-        hub = HubRuntime(self._config, self._on_answer, self._make_node)
-        shared = Shared(namespace, rank.layout.digest(), rank.layout.payload_bytes, (SegmentView(rank.segment),))
-        hub.open(rank.segment.slots, [RankPort(worker.deliver)], self._loop.call_soon, self._loop.heartbeat, shared)
-        self._loop.submit(worker.run)
-        self._loop.submit(hub.run)
-        worker.attach(ledger, partial(hub.deliver, rank.number))
-        worker.start()
+        with ExitStack() as undo:
+            rank = Rank.prepare(self._config, 0, tensors, num_blocks, lambda engine: engine)
+            undo.callback(rank.close)
+            ledger = Ledger(num_blocks)
+            undo.callback(ledger.close)
+            namespace = namespace_digest(
+                {
+                    "layout": rank.layout.digest().hex(),
+                    "block size": block_size,
+                    "model version": self._config.model.version,
+                    "user namespace": self._config.namespace,
+                }
+            )
+            self._loop.start()
+            undo.callback(self._renew_loop)
+            worker = WorkerRuntime(self._config, rank, self._loop.call_soon, self._on_load_ended)
+            undo.callback(worker.close, 1.0)
+            hub = HubRuntime(self._config, self._on_answer, self._make_node)
+            undo.callback(hub.close)
+            shared = Shared(namespace, rank.layout.digest(), rank.layout.payload_bytes, (SegmentView(rank.segment),))
+            hub.open(rank.segment.slots, [RankPort(worker.deliver)], self._loop.call_soon, self._loop.heartbeat, shared)
+            self._loop.submit(worker.run)
+            self._loop.submit(hub.run)
+            worker.attach(ledger, partial(hub.deliver, rank.number))
+            worker.start()
+            undo.pop_all()
         return _Parts(hub, worker, ledger, namespace, block_size, num_blocks)
+
+    def _renew_loop(self) -> None:
+        """Whoever could not register these tensors may try others."""
+        self._loop.stop(1.0)
+        self._loop = LoopThread("standalone", self._loop_failed)
 
     # ------------------------------------------------------------ saving
 

@@ -10,9 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import anyio
 import numpy as np
 import pytest
 
+import kvoffload
 from kvoffload.bridge import LoopThread
 from kvoffload.config import Config
 from kvoffload.copy.engine import CopyEngine
@@ -266,3 +268,25 @@ def test_the_engine_gets_the_settings_of_the_gpu() -> None:
     assert (settings.copy.value, settings.pin, settings.pin_piece_bytes) == ("single", False, 1 << 21)
     assert (settings.kernel_blocks, settings.inflight_bytes) == (3, 1 << 20)
     assert copy_settings(Config().gpu) == type(settings)()
+
+
+@pytest.mark.parametrize("where", ["preparation", "start"])
+@pytest.mark.asyncio
+async def test_a_program_whose_tensors_cannot_be_served_keeps_nothing_of_them(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise CapacityError("no")
+
+    async with kvoffload.open_runtime(SMALL):
+        pass  # threads and files that the first one leaves to its process
+    before = left()
+    async with kvoffload.open_runtime(SMALL) as runtime:
+        monkeypatch.setattr(Rank if where == "preparation" else WorkerRuntime, where, fail)
+        with pytest.raises(CapacityError, match="no"):
+            await runtime.register(tensors(), block_size=4)
+        await anyio.to_thread.run_sync(gc.collect)  # that thread held the error, and with it all that its frames saw
+        assert left()[1] == before[1]
+        assert not [thread for thread in threading.enumerate() if thread.name == "kvoffload-standalone"]
+        monkeypatch.undo()
+        await runtime.register(tensors(), block_size=4)
+        assert (await runtime.save(range(8), [1, 2])).stored_tokens == 8
+    assert left()[1] == before[1]
