@@ -214,8 +214,8 @@ def test_what_are_not_ids(rig: Rig) -> None:
 
 def test_a_closed_engine_copies_no_more(rig: Rig) -> None:
     mark = rig.engine.mark()
+    rig.engine.load(ids(1), ids(1), mark)
     rig.engine.close()
-    rig.engine.mark()
     for after in (mark, rig.engine.mark()):
         with pytest.raises(CopyError, match="closed"):
             rig.engine.save(ids(1), ids(1), ids(0), after)
