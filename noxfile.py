@@ -22,6 +22,7 @@ VLLM_ENV = {
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
 }
+MUTANTS = "tests/cuda/test_mutations.py"  # by themselves: any of them may run beside any other, not so the tests of one file
 ENV = Path(__file__).parent / ".nox" / f"vllm-{sys.version_info.major}.{sys.version_info.minor}"
 
 
@@ -83,9 +84,15 @@ def cuda(session: nox.Session) -> None:
     # The pinned compiler before any other: equal bytes come from an equal nvcc alone.
     session.env["PATH"] = os.pathsep.join([str(Path(str(home).strip()) / "nvidia" / "cu13" / "bin"), session.env["PATH"]])
     session.run(python, "cuda/build.py", "--check", external=True)
-    at_once = () if session.posargs else ("-n", str(min(4, os.cpu_count() or 1)), "--dist", "loadfile")
-    where = session.posargs or ("tests/cuda", "tests/contracts/test_copy_engine.py")
-    session.run(python, "-m", "pytest", "-m", "cuda", *at_once, *where, external=True)
+    if session.posargs:
+        session.run(python, "-m", "pytest", "-m", "cuda", *session.posargs, external=True)
+        return
+    # By itself first: it takes longer than a test may where the machine is busy.
+    session.run(python, "-m", "tests.cuda.standin_build", external=True, env={"PYTHONPATH": "src"})
+    workers = ("-n", str(min(4, os.cpu_count() or 1)))
+    what = ("tests/cuda", "tests/contracts/test_copy_engine.py", "--ignore", MUTANTS)
+    session.run(python, "-m", "pytest", "-m", "cuda and not long", *workers, "--dist", "loadfile", *what, external=True)
+    session.run(python, "-m", "pytest", "-m", "cuda and not long", *workers, "--dist", "load", MUTANTS, external=True)
 
 
 @nox.session(venv_backend="none")
