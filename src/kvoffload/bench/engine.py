@@ -16,7 +16,7 @@ from kvoffload.testing.model import BENCH, TINY, ModelShape, make_model
 RATIO_TARGET = 0.97
 CPU_TARGET_PERCENT = 1.0
 GENERATIONS = 3
-PAIRS = 8
+PAIRS = 12
 """Of each generation. Two processes of the same code differ for all their life by more than what is measured here (where their memory
 happens to lie), so both runs of a pair are one process's: with its connector, and with the connector taken out. There are several
 processes all the same, and the interval is one over them."""
@@ -39,7 +39,7 @@ def run(quick: bool = False) -> list[Figure]:
         if quick:
             cost = measure(TINY, directory, generations=2, pairs=2, requests=2, tokens=16)
         else:
-            cost = measure(BENCH, directory, generations=GENERATIONS, pairs=PAIRS, requests=8, tokens=48)
+            cost = measure(BENCH, directory, generations=GENERATIONS, pairs=PAIRS, requests=8, tokens=96)
     return _figures(cost)
 
 
