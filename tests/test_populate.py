@@ -185,7 +185,7 @@ class Together:
 
 
 def gpu(prepare: Prepare, piece_slots: int, crew: Crew | None = None) -> Preparation:
-    return Preparation(prepare, piece_slots, needs_leave=True, crew=crew)
+    return Preparation(prepare, piece_slots, needs_leave=lambda: True, crew=crew)
 
 
 def test_the_engine_prepares_piece_by_piece_and_what_it_did_is_reported_at_once(segment: Segment) -> None:
@@ -253,6 +253,16 @@ def test_an_engine_that_gives_less_is_asked_again_at_the_next_chance_and_not_bef
     populator.allow()
     assert populator.wait(WAIT_S)
     assert grown == [256, 512]
+
+
+def test_an_engine_that_comes_to_need_no_leave_keeps_neither_the_start_nor_the_rest_waiting(segment: Segment) -> None:
+    engine, grown, leaves = Engine(), list[int](), iter([True, True])
+    preparation = Preparation(engine.prepare, 100, needs_leave=lambda: next(leaves, False))
+    populator = Populator(segment, grown.append, step_bytes=MIB, preparation=preparation)
+    assert populator.first_slots(WAIT_S) == 384
+    populator.start()
+    assert populator.wait(WAIT_S)
+    assert grown[-1] == 512
 
 
 def test_an_engine_that_needs_no_leave_is_asked_after_each_step(segment: Segment) -> None:

@@ -32,13 +32,14 @@ class Prepare(Protocol):
 class Preparation:
     """What populated slots need before they may be copied to: a GPU's engine pins them.
 
-    The engine is asked for ``piece_slots`` more at a time, or for the last few; None: for all there are after each step. ``needs_leave``:
-    besides at the start it is not asked before `Populator.allow`.
+    The engine is asked for ``piece_slots`` more at a time, or for the last few; None: for all there are after each step. While
+    ``needs_leave()`` it is, besides at the start, not asked before `Populator.allow`. Where it no longer needs leave, nothing is gained
+    by being asked at the start. Called from the thread that asks.
     """
 
     prepare: Prepare
     piece_slots: int | None = None
-    needs_leave: bool = False
+    needs_leave: Callable[[], bool] = lambda: False
     crew: Crew | None = None
 
 
@@ -81,7 +82,7 @@ class Populator:
         deadline = self._clock() + seconds
         segment, is_short = self._segment, False
         while not (is_short or self._stop.is_set() or segment.populated_slots == segment.slots):
-            if segment.populated_slots and self._clock() >= deadline:
+            if segment.populated_slots and (self._clock() >= deadline or not self._gains_by_the_start()):
                 break
             try:
                 self._step()
@@ -126,7 +127,7 @@ class Populator:
         try:
             while self._segment.populated_slots < self._segment.slots and not self._stop.is_set():
                 self._step()
-                if self._go_on.is_set() or self._preparation is None or not self._preparation.needs_leave:
+                if self._go_on.is_set() or not self._needs_leave():
                     self._prepare_pieces()
         except CapacityError as error:
             self.error = error
@@ -141,12 +142,20 @@ class Populator:
         """Also what is less than a piece. An engine that gives fewer slots than asked for is asked again when next allowed to."""
         asks = 0
         while self._preparation is not None and self._usable < self._segment.populated_slots and asks < MOST_ASKS:
-            self._go_on.wait()
-            self._go_on.clear()
+            if self._needs_leave():
+                self._go_on.wait()
+                self._go_on.clear()
             if self._stop.is_set():
                 return
             self._prepare_pieces(all_of_it=True)
             asks += 1
+
+    def _needs_leave(self) -> bool:
+        return self._preparation is not None and self._preparation.needs_leave()
+
+    def _gains_by_the_start(self) -> bool:
+        """Slots that are prepared as well later on keep nobody waiting."""
+        return self._preparation is None or self._needs_leave()
 
     def _step(self) -> None:
         step_bytes = self._step_bytes if self._crew is None else max(self._step_bytes, CREW_STEP_BYTES)

@@ -482,21 +482,21 @@ MUTATIONS = (
     Mutation(
         "no leave, no call",
         "populate.py",
-        "if self._go_on.is_set() or self._preparation is None or not self._preparation.needs_leave:",
+        "if self._go_on.is_set() or not self._needs_leave():",
         "if True:",
         "test_populate.py",
     ),
     Mutation(
         "the rest waits for leave",
         "populate.py",
-        "            self._go_on.wait()\n",
+        "                self._go_on.wait()\n",
         "",
         "test_populate.py",
     ),
     Mutation(
         "leave is used up where the engine gave less",
         "populate.py",
-        "            self._go_on.clear()\n",
+        "                self._go_on.clear()\n",
         "",
         "test_populate.py",
     ),
@@ -524,7 +524,7 @@ MUTATIONS = (
     Mutation(
         "time bounds the start",
         "populate.py",
-        "            if segment.populated_slots and self._clock() >= deadline:\n                break\n",
+        "            if segment.populated_slots and (self._clock() >= deadline or not self._gains_by_the_start()):\n                break\n",
         "",
         "test_populate.py",
     ),
@@ -629,8 +629,22 @@ MUTATIONS = (
     Mutation(
         "a GPU's engine needs leave",
         "runtime/rank.py",
-        "piece_slots, needs_leave=True",
-        "None, needs_leave=False",
+        "needs_leave=lambda: pinned.refused is None, crew",
+        "crew",
+        "cuda/test_startup.py",
+    ),
+    Mutation(
+        "what will not be pinned does not keep the start waiting",
+        "populate.py",
+        "return self._preparation is None or self._needs_leave()",
+        "return True",
+        "test_populate.py",
+    ),
+    Mutation(
+        "no driver is asked about what will not be pinned",
+        "runtime/rank.py",
+        "            return pinned.prepare(populated)  #",
+        "            return engine.prepare_slots(populated)  #",
         "cuda/test_startup.py",
     ),
     Mutation(

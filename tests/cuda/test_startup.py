@@ -230,6 +230,22 @@ def test_pinning_switched_off(standin: Standin, caplog: pytest.LogCaptureFixture
     half.end()
 
 
+@pytest.mark.parametrize("mode", ["off", "refused", "refused at the second piece"])
+def test_what_will_not_be_pinned_holds_nothing_up(standin: Standin, mode: str) -> None:
+    """No time at the start buys anything, and nothing of the driver is to come that a graph's capture had to be over for."""
+    if mode != "off":
+        standin.configure(register_total_bytes=STEP_BYTES + (4 * MIB if "second" in mode else -STEP_BYTES))
+    half = Half(standin, pin=mode != "off", pin_at_start_s=3600)
+    half.runtime.start()
+    assert half.rank.segment.populated_slots < SLOTS - IN_A_STEP
+    standin.clear_calls()
+    with standin.capture(standin.engine_stream()):
+        half.runtime.attach(half.ledger, half.told.append)
+        until(lambda: half.usable() == SLOTS)
+        assert standin.functions() == []
+    half.end()
+
+
 # ------------------------------------------------------------ ends
 
 

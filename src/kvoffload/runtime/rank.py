@@ -89,8 +89,15 @@ class Rank:
         """How populated slots become usable."""
         if self.gpu is None:
             return Preparation(self.engine.prepare_slots)
+        engine, pinned = self.engine, self.gpu.pinned
+
+        def prepare(populated: int, *, at_start: bool = False) -> int:
+            if pinned.refused is None:
+                return engine.prepare_slots(populated, at_start=at_start)
+            return pinned.prepare(populated)  # no driver is asked any more: it only counts
+
         piece_slots = max(1, config.gpu.pin_piece_bytes // self.segment.slot_bytes)
-        return Preparation(self.engine.prepare_slots, piece_slots, needs_leave=True, crew=self.gpu.crew)
+        return Preparation(prepare, piece_slots, needs_leave=lambda: pinned.refused is None, crew=self.gpu.crew)
 
     def tell(self) -> None:
         """The line in the log that says which engine copies, why that one, and with what memory."""
