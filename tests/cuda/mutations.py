@@ -524,8 +524,8 @@ MUTATIONS = (
     Mutation(
         "time bounds the start",
         "populate.py",
-        "            if segment.populated_slots and (self._clock() >= deadline or not self._gains_by_the_start()):\n                break\n",
-        "",
+        "(self._clock() >= deadline or not self._gains_by_the_start())",
+        "not self._gains_by_the_start()",
         "test_populate.py",
     ),
     Mutation(
@@ -627,6 +627,41 @@ MUTATIONS = (
         "cuda/test_startup.py",
     ),
     Mutation(
+        "kernels are proven before they are used",
+        "runtime/rank.py",
+        "            with gpu.table.always(Path.KERNEL):\n",
+        "            if True:\n",
+        "cuda/test_proven_ways.py",
+    ),
+    Mutation(
+        "DMA is proven before it is used",
+        "runtime/rank.py",
+        "        with gpu.table.always(Path.DMA):\n",
+        "        if True:\n",
+        "cuda/test_proven_ways.py",
+    ),
+    Mutation(
+        "single copies are proven before they are needed",
+        "runtime/rank.py",
+        "        with gpu.pinned.taken_for_unpinned():\n",
+        "        if True:\n",
+        "cuda/test_proven_ways.py",
+    ),
+    Mutation(
+        "a kernel that is wrong is not used",
+        "cuda/dispatch.py",
+        "        self._has_kernels = False\n",
+        "        pass\n",
+        "cuda/test_proven_ways.py",
+    ),
+    Mutation(
+        "what serves instead of a wrong kernel is proven",
+        "runtime/rank.py",
+        "            proof()  # what a kernel has broken may be more than its own copies\n",
+        "",
+        "cuda/test_proven_ways.py",
+    ),
+    Mutation(
         "a GPU's engine needs leave",
         "runtime/rank.py",
         "needs_leave=lambda: pinned.refused is None, crew",
@@ -692,9 +727,23 @@ MUTATIONS = (
     Mutation(
         "a lost engine keeps its memory",
         "copy/cuda.py",
-        "                _lost_engines.append(self)\n",
-        "",
+        "            _lost_engines.append(self)\n            raise\n",
+        "            raise\n",
         "cuda/test_startup.py",
+    ),
+    Mutation(
+        "slots that a lost engine may still write are given back",
+        "copy/hands.py",
+        "            has_ended = False\n",
+        "            pass\n",
+        "copy/test_hands.py::test_a_copy_that_may_never_end_crashes_and_no_slot_is_given_back",
+    ),
+    Mutation(
+        "copying goes on with a lost engine",
+        "copy/hands.py",
+        "        except EngineLost:\n            raise\n",
+        "",
+        "copy/test_hands.py::test_a_copy_that_may_never_end_crashes_and_no_slot_is_given_back",
     ),
     Mutation(
         "events of a pool that cannot be made",

@@ -7,7 +7,7 @@ import mmap
 import resource
 import threading
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +50,7 @@ class PinnedSegment:
         self._lock = threading.Lock()
         self._pieces: list[int] = []  # addresses, in the order of registration
         self._pinned_slots = self._usable = 0
-        self._is_closed = False
+        self._is_closed = self._is_hidden = False
         self.refused: str | None = None if pin else "gpu.pin is false"
         """Why the slots from `pinned_slots` on are not pinned and will not be."""
         self.device_pointer_is_host_pointer = True
@@ -68,7 +68,16 @@ class PinnedSegment:
     def is_pinned(self, slots: NDArray[np.int64]) -> NDArray[np.bool_]:
         """For each of these slots."""
         flags: NDArray[np.bool_] = slots < self._pinned_slots
-        return flags
+        return np.zeros_like(flags) if self._is_hidden else flags
+
+    @contextmanager
+    def taken_for_unpinned(self) -> Iterator[None]:
+        """Within this no slot counts as pinned: for a proof of how copies go where the driver pins no more."""
+        self._is_hidden = True
+        try:
+            yield
+        finally:
+            self._is_hidden = False
 
     def prepare(self, populated: int) -> int:
         """Pin what is whole of the slots before ``populated``, whose memory has been taken; the slots that may be used.

@@ -11,9 +11,10 @@ from kvoffload.config import Config, GpuSettings
 from kvoffload.copy.choose import make_engine
 from kvoffload.copy.engine import CopyEngine
 from kvoffload.copy.proof import prove
+from kvoffload.cuda.dispatch import Direction, DispatchTable, Path
 from kvoffload.cuda.numa import BoundThreads, cpus_near
 from kvoffload.cuda.settings import CopyMode, GpuCopySettings
-from kvoffload.errors import CapacityError
+from kvoffload.errors import CapacityError, LayoutError
 from kvoffload.layout import BlockLayout, Tensor
 from kvoffload.ledger import Ledger
 from kvoffload.limits import check_capacity
@@ -39,6 +40,8 @@ class OnGpu:
     pinned: PinnedSegment
     crew: BoundThreads
     """Threads that take memory near it."""
+    table: DispatchTable
+    """What its engine chooses by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +83,7 @@ class Rank:
             gpu = _gpu_of(engine, layout)
             if gpu is not None:
                 _take_what_the_proof_uses(segment, engine, gpu)
-            prove(layout, engine, kv_caches, segment, ledger)
+            _prove_each_way(lambda: prove(layout, engine, kv_caches, segment, ledger), layout, gpu)
             rank = cls(number, layout, segment, wrap(engine), gpu)
             undo.pop_all()
         return rank
@@ -139,7 +142,7 @@ def _gpu_of(engine: CopyEngine, layout: BlockLayout) -> OnGpu | None:
 
     assert isinstance(engine, CudaCopyEngine)
     assert isinstance(engine.gpu.pinned, PinnedSegment)
-    return OnGpu(engine.gpu.driver, engine.gpu.pinned, BoundThreads(cpus_near(engine.gpu.driver.pci_bus_id)))
+    return OnGpu(engine.gpu.driver, engine.gpu.pinned, BoundThreads(cpus_near(engine.gpu.driver.pci_bus_id)), engine._table)
 
 
 def _take_what_the_proof_uses(segment: Segment, engine: CopyEngine, gpu: OnGpu) -> None:
@@ -147,3 +150,29 @@ def _take_what_the_proof_uses(segment: Segment, engine: CopyEngine, gpu: OnGpu) 
     while segment.populated_slots < min(2, segment.slots):
         segment.populate_next(crew=gpu.crew)
     engine.prepare_slots(segment.populated_slots, at_start=True)
+
+
+def _prove_each_way(proof: Callable[[], None], layout: BlockLayout, gpu: OnGpu | None) -> None:
+    """A proof has too few pieces to go by each way that later copies may go, and none of them is to be used unproven.
+
+    Raises the LayoutError of all but kernels: these are not used then, as DMA does what they do.
+    """
+    if gpu is None or not gpu.pinned.pinned_slots:
+        proof()  # nothing to choose from: what is not pinned goes piece by piece
+        return
+    mode = gpu.table.settings.copy
+    if mode is not CopyMode.KERNEL:
+        with gpu.table.always(Path.DMA):
+            proof()
+    if mode is not CopyMode.SINGLE:
+        with gpu.pinned.taken_for_unpinned():
+            proof()
+    piece_bytes = layout.payload_bytes // len(layout.runs)
+    if any(gpu.table.may_choose_kernel(direction, piece_bytes) for direction in Direction):
+        try:
+            with gpu.table.always(Path.KERNEL):
+                proof()
+        except LayoutError as error:
+            gpu.table.give_up_kernels()
+            log.warning("the copy kernel is not used, as it fails its proof here: blocks are copied by DMA", reason=str(error))
+            proof()  # what a kernel has broken may be more than its own copies
