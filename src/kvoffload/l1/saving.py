@@ -199,7 +199,8 @@ def commit(parts: Parts, slots: Sequence[int], at: Slots | None = None) -> Slice
         if table.abandoned is not None:
             table.abandoned += slots
         if parts.remote is None or not parts.remote.all_stored[at].all():
-            parts.counts.committed += len(slots) if parts.remote is None else (yield from writing.on_commit(parts, parts.remote, slots))
+            saved = len(slots) if parts.remote is None else (yield from writing.on_commit(parts, parts.remote, slots))
+            parts.counts.committed += saved  # not in one expression: others count while this waits for its turn
         return
     for number, piece in enumerate(parts.sliced(slots)):
         if number:
