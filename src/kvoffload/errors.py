@@ -35,5 +35,9 @@ class CopyError(KVOffloadError):
     """A copy between engine blocks and slots failed; nothing it should have written may be used."""
 
 
+class EngineLost(CopyError):
+    """It is not known that a copy has ended: the device may touch its slots and blocks later, and nothing is copied any more."""
+
+
 class InternalError(KVOffloadError):
     """An invariant of kvoffload itself does not hold: a bug, please report it."""

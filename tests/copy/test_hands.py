@@ -5,10 +5,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 from tests.copy.rigs import WAIT_S, Rig, ids
 
+from kvoffload.copy.engine import Ids
 from kvoffload.copy.hands import CopyFact, CopyHands, HandsConfig, HandsCrashed, LoadState
+from kvoffload.errors import EngineLost
 from kvoffload.messages import BlocksFilled, DropReason, LoadBlocks, LoadEnded, LoadOutcome, SaveBlocks, SlotGrant
 from kvoffload.testing.copy_faults import FaultyCopyEngine, InjectedCrash
 
@@ -331,6 +335,55 @@ def test_a_crash_is_told_after_its_job_and_ends_saving(bench: Bench, kind: str) 
     assert isinstance(crash.error, InjectedCrash)
     assert BlocksFilled(2, 3, (), (5,), DropReason.OFF) in bench.facts
     bench.rig = Rig.make()
+
+
+class LosingEngine(FaultyCopyEngine):
+    """Of its second call it is not known whether it has ended."""
+
+    def _lose(self) -> None:
+        if len(self.calls) == 2:
+            raise EngineLost("no news of a copy")
+
+    def save(self, blocks: Ids, slots: Ids, epochs: Ids, after: object = None) -> NDArray[np.bool_]:
+        flags = super().save(blocks, slots, epochs, after)
+        self._lose()
+        return flags
+
+    def load(self, slots: Ids, blocks: Ids, after: object = None) -> None:
+        super().load(slots, blocks, after)
+        self._lose()
+
+
+@pytest.mark.parametrize("kind", ["save", "load"])
+def test_a_copy_that_may_never_end_crashes_and_no_slot_is_given_back(kind: str) -> None:
+    bench = Bench(replace(CONFIG, chunk_bytes=1))
+    crash = threading.Event()
+
+    def report(fact: CopyFact) -> None:
+        bench.facts.append(fact)
+        if isinstance(fact, HandsCrashed):
+            crash.set()
+
+    bench.hands = CopyHands(LosingEngine(bench.rig.engine), bench.ended.append, report, bench.config)
+    if kind == "save":
+        assert bench.hands.saved(SaveBlocks(1, None))
+        bench.hands.granted(grant(1, (4, 5, 6)))  # three calls
+    else:
+        bench.hands.load(load(1))
+        bench.hands.load(load(2))
+        bench.hands.load(load(3))
+    bench.hands.start()
+    assert crash.wait(WAIT_S)
+    assert isinstance(bench.hands.crashed, EngineLost)
+    assert bench.hands.wait_idle(WAIT_S) is (kind == "load"), "what was never told, but nobody waits for it"
+    assert not bench.hands.saved(SaveBlocks(4, None))
+    assert bench.hands.load(load(5)).state is LoadState.WITHDRAWN
+    assert bench.filled() == [], "the slots may still be written"
+    if kind == "load":
+        outcomes = [bench.outcomes()[number].name for number in (1, 2, 3, 5)]
+        assert outcomes == ["LOADED", "FAILED", "WITHDRAWN", "WITHDRAWN"], "vLLM waits for every load"
+    assert not bench.hands.close(WAIT_S), "engine, segment and tensors must be kept"
+    bench.rig.close()
 
 
 def test_a_crash_withdraws_what_waits_behind_it(bench: Bench) -> None:

@@ -14,8 +14,9 @@ from tests.cuda.rigs import CudaRig
 from tests.cuda.standin import BatchOrder, Code, Standin
 
 from kvoffload.actors.gpu_copy import FromGpuCopy, GpuCopy, GpuCopyConfig
-from kvoffload.copy.hands import CopyFact, CopyHands, HandsConfig
+from kvoffload.copy.hands import CopyFact, CopyHands, HandsConfig, HandsCrashed
 from kvoffload.cuda.settings import CopyMode, GpuCopySettings
+from kvoffload.errors import EngineLost, InternalError
 from kvoffload.mailbox import OnFull, Receiver, Reply, Sender, ThreadSender, current_call_soon, open_mailbox
 from kvoffload.messages import (
     BlocksFilled,
@@ -151,17 +152,26 @@ def test_a_copy_that_fails_is_reported_once_and_the_next_one_is_done(bench: Benc
     assert bench.hands.crashed is None
 
 
-def test_a_broken_context_fails_every_copy_and_no_thread(bench: Bench, standin: Standin) -> None:
+@pytest.mark.parametrize("what", ["save", "load"])
+def test_a_broken_context_ends_copying_and_frees_no_slot(standin: Standin, what: str) -> None:
+    """It does not say whether the copy has ended, so the slots of a save may be written yet."""
+    bench = Bench(CudaRig.plain(standin, GpuCopySettings(copy=CopyMode.DMA), blocks=16, slots=16))
     standin.fail_operation(Code.ILLEGAL_ADDRESS, kind="batch")
-    for job in (1, 2, 3):
-        bench.load(job, (4,), (9,))
-        bench.idle()
-        bench.save(job, 4)
-        bench.idle()
-    assert [(ended.job, ended.outcome) for ended in bench.ended] == [(job, LoadOutcome.FAILED) for job in (1, 2, 3)]
-    assert bench.filled() == [BlocksFilled(job, RANK, (), (4,), DropReason.COPY_FAILED) for job in (1, 2, 3)]
-    assert bench.hands.crashed is None
-    bench.close()
+    if what == "save":
+        bench.save(1, 4, 5)
+    else:
+        bench.load(1, (4,), (9,))
+    for thread in bench.hands._threads[what == "save" :][:1]:
+        thread.join(WAIT_S)
+        assert not thread.is_alive()
+    assert isinstance(bench.hands.crashed, EngineLost)
+    assert [fact.error for fact in bench.facts if isinstance(fact, HandsCrashed)] == [bench.hands.crashed]
+    bench.hands.load(LoadBlocks(2, "request 2", (4,), (9,), None))
+    assert not bench.hands.saved(SaveBlocks(3, None))
+    assert bench.filled() == []
+    assert [(ended.job, ended.outcome.name) for ended in bench.ended] == [(1, "FAILED")] * (what == "load") + [(2, "WITHDRAWN")]
+    assert not bench.hands.close(WAIT_S)
+    bench.rig.close()
     standin.reset()
 
 
@@ -296,6 +306,24 @@ async def test_the_actor_ends_in_time_without_a_copy_that_does_not(stage_rig: Cu
     assert stage.hands.close(WAIT_S)
     assert stage.ended == [LoadEnded(2, "request 2", LoadOutcome.LOADED, (9,))]
     assert stage_rig.block(9) == stage_rig.slot(6)
+
+
+@pytest.mark.anyio
+@pytest.mark.real_clock
+async def test_a_save_of_which_the_end_is_not_known_ends_the_actor_and_l1_keeps_its_slots(stage_rig: CudaRig, standin: Standin) -> None:
+    stage = Stage(stage_rig)
+    standin.fail("cuEventSynchronize", Code.UNKNOWN)
+    standin.fail("cuStreamSynchronize", Code.OPERATING_SYSTEM, times=2)
+    stage.save(1, 4)
+    stage.save(2, 5)
+    with anyio.fail_after(WAIT_S / 2), pytest.raises(InternalError, match="copy thread of rank 3 crashed: EngineLost"):
+        await stage.actor.run()
+    assert [fact for fact in stage.to_l1 if isinstance(fact, BlocksFilled) and fact.job == 1] == []
+    assert stage.ended == []
+    assert not stage.hands.close(WAIT_S)
+    standin.wait_idle()
+    stage_rig.close()
+    standin.reset()
 
 
 @pytest.mark.anyio

@@ -20,7 +20,7 @@ from kvoffload.cuda.driver import CudaError, Driver
 from kvoffload.cuda.kernels import Kernels
 from kvoffload.cuda.settings import CopyMode, GpuCopySettings
 from kvoffload.cuda.streams import Event, EventPool
-from kvoffload.errors import CopyError, LayoutError, UnsupportedError
+from kvoffload.errors import CopyError, EngineLost, LayoutError, UnsupportedError
 from kvoffload.layout import BlockLayout
 from kvoffload.ledger import Ledger
 from kvoffload.observe.logs import get_logger
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 log = get_logger("cuda")
 
 _lost_engines: list[CudaCopyEngine] = []
-"""Closed while a copy of theirs may still be under way: they hold tensors and slots to the end of the process."""
+"""A copy of theirs may still be under way: they hold tensors and slots to the end of the process."""
 
 
 class Pinned(Protocol):
@@ -204,7 +204,6 @@ class CudaCopyEngine:
             self._closed = True
             if any(lane.lost for lane in self._lanes.values()):
                 log.error("memory and streams are left to the end of the process: a copy may still be under way")
-                _lost_engines.append(self)
                 return
             _close("context", self._driver.bind)
             self._give_back.close()
@@ -223,7 +222,11 @@ class CudaCopyEngine:
         path = Path.DMA
         if self._pinned.device_pointer_is_host_pointer:
             path = self._table.choose(direction, self._piece_bytes, len(slots) * self._runs)
-        self._lanes[direction].copy(path, after.event, blocks, slots, pinned, check)
+        try:
+            self._lanes[direction].copy(path, after.event, blocks, slots, pinned, check)
+        except EngineLost:  # whoever let go of it would unmap what the device may still write
+            _lost_engines.append(self)
+            raise
 
     def _refuse(self, what: str, blocks: Ids, slots: Ids, targets: Ids, seen: NDArray[np.uint8]) -> None:
         outcome = self._check_ids(blocks, slots, self._num_blocks, self._num_slots, targets, seen)

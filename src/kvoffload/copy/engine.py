@@ -19,6 +19,10 @@ class CopyEngine(Protocol):
 
     Every call checks its ids before it touches anything and raises CopyError for one out of range, arrays of different lengths, or
     a destination named twice. When a call returns, or raises, it neither reads nor writes any more.
+
+    But for one error: EngineLost, from the call of which the device does not say whether it has ended. Its slots and blocks may be
+    read and written later, so its slots must not be used again, nor any of the memory be given back, until the process has ended.
+    Later calls raise CopyError and touch nothing.
     """
 
     name: str

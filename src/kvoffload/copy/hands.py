@@ -3,6 +3,11 @@
 Every load given to `CopyHands.load` ends in exactly one `LoadEnded`, every grant that is not empty in exactly one `BlocksFilled`,
 whatever happens. A copy that has started is always seen to its end: nobody is told before.
 
+Where the engine does not know that end (`EngineLost`) copying crashes, so that the connector goes off. The save is never reported,
+and its slots stay out of use: the device may still write them. The load is reported FAILED all the same, as vLLM would keep its
+request waiting for ever: what broke the copy has broken the context that vLLM would compute the blocks with, and the slots are only
+read.
+
 ::
 
     load()  -> QUEUED --thread--> STARTED --> ENDED        (LOADED or FAILED)
@@ -23,6 +28,7 @@ from numpy.typing import NDArray
 from kvoffload.copy.engine import CopyEngine
 from kvoffload.copy.jobs import CopyFact, HandsConfig, HandsCrashed, HandsStatistics, LoadJob, LoadState
 from kvoffload.copy.pairing import PairingTable
+from kvoffload.errors import EngineLost
 from kvoffload.messages import (
     BlocksFilled,
     DropReason,
@@ -75,6 +81,7 @@ class CopyHands:
         self._table = PairingTable(config.pair_timeout_s, config.max_saves)
         self._pairs: deque[tuple[SlotGrant, object]] = deque()
         self._saves_untold = 0
+        self._saves_lost = 0  # of these: not to be told, ever
         self._takes_loads = self._takes_saves = True
         self._closing = False
         self._given_up = False
@@ -146,6 +153,8 @@ class CopyHands:
             # All of it in one call: between two, this thread may wait 5 ms for the interpreter lock.
             self._engine.load(_ids(message.slots), _ids(message.blocks), message.after)
             outcome = LoadOutcome.LOADED
+        except EngineLost:
+            raise
         except Exception:
             self._log.exception("a load failed: vLLM computes its blocks", job=job.job, request=job.request, blocks=len(message.blocks))
         finally:  # also for a crash, which goes on upwards
@@ -244,7 +253,7 @@ class CopyHands:
 
     def _save_one(self, grant: SlotGrant, after: object) -> None:
         flags: NDArray[np.bool_] = np.zeros(len(grant.slots), dtype=np.bool_)
-        reason = DropReason.COPY_FAILED
+        reason, has_ended = DropReason.COPY_FAILED, True
         try:
             blocks, slots, epochs = _ids(grant.blocks), _ids(grant.slots), _ids(grant.epochs)
             step = max(1, self._config.chunk_bytes // max(1, self._engine.block_bytes))
@@ -255,6 +264,9 @@ class CopyHands:
                     break
                 part = slice(start, start + step)
                 flags[part] = self._engine.save(blocks[part], slots[part], epochs[part], after)
+        except EngineLost:
+            has_ended = False
+            raise
         except Exception:
             reason = DropReason.COPY_FAILED
             self._log.exception("a save failed: its blocks are not cached", job=grant.job, blocks=len(grant.blocks))
@@ -262,7 +274,15 @@ class CopyHands:
             reason = DropReason.COPY_FAILED
             raise
         finally:
-            self._tell_save(grant, flags, reason)
+            if has_ended:
+                self._tell_save(grant, flags, reason)
+            else:
+                self._lose_save()
+
+    def _lose_save(self) -> None:
+        with self._lock:
+            self._saves_lost += 1
+            self._told.notify_all()
 
     def _may_copy_chunk(self) -> bool:
         """Give way to loads, for a bounded time; then whether saving still goes on."""
@@ -302,19 +322,19 @@ class CopyHands:
     def wait_idle(self, timeout_s: float) -> bool:
         """Whether, within ``timeout_s``, everything taken so far was reported. Grants that wait for their half do not count.
 
-        Nobody waits any longer for a copy that `close` has given up.
+        Nobody waits any longer for a copy that `close` has given up, or that lost the engine.
         """
         with self._lock:
-            self._told.wait_for(lambda: self._is_idle() or self._given_up, timeout=timeout_s)
+            self._told.wait_for(lambda: self._is_idle(self._saves_lost) or self._given_up, timeout=timeout_s)
             return self._is_idle()
 
-    def _is_idle(self) -> bool:
-        return not self._live_loads and not self._saves_untold
+    def _is_idle(self, saves_untold: int = 0) -> bool:
+        return not self._live_loads and self._saves_untold == saves_untold
 
     def close(self, timeout_s: float) -> bool:
         """Take nothing more, withdraw what has not started, and end the threads; whether they ended within ``timeout_s``.
 
-        False: a copy is still running, and engine, segment and tensors must be kept. May be called twice.
+        False: a copy is still running, or not known to have ended, and engine, segment and tensors must be kept. May be called twice.
         """
         self.stop_saving()
         self.withdraw_all_unstarted()
@@ -326,7 +346,7 @@ class CopyHands:
         for thread in self._threads:
             if thread.ident is not None:
                 thread.join(max(0.0, deadline - time.monotonic()))
-        ended = not any(thread.is_alive() for thread in self._threads)
+        ended = not any(thread.is_alive() for thread in self._threads) and not isinstance(self.crashed, EngineLost)
         with self._lock:
             self._given_up = not ended
             self._told.notify_all()

@@ -23,7 +23,10 @@ class HandsConfig:
 
 @dataclass(frozen=True, slots=True)
 class HandsCrashed:
-    """A copy thread ended by ``error``, or a callback raised it: no more copies. The job it was at was reported before."""
+    """A copy thread ended by ``error``, or a callback raised it: no more copies. The job it was at was reported before.
+
+    But for a save that lost the engine (EngineLost), which is never reported: its slots may still be written.
+    """
 
     error: BaseException
 

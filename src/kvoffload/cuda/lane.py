@@ -15,7 +15,7 @@ from kvoffload.cuda.driver import CudaError, Driver
 from kvoffload.cuda.kernels import GATHER, SCATTER, Kernels
 from kvoffload.cuda.settings import GpuCopySettings
 from kvoffload.cuda.streams import Event, EventPool, Stream
-from kvoffload.errors import UnsupportedError
+from kvoffload.errors import EngineLost, UnsupportedError
 from kvoffload.observe.logs import get_logger
 from kvoffload.segment import Segment
 
@@ -89,7 +89,8 @@ class Lane:
     def copy(self, path: Path, mark: Event, blocks: Ids, slots: Ids, pinned: NDArray[np.uint8], check: Check | None = None) -> None:
         """Copy behind ``mark``; `Check` is for saves. When this returns or raises CudaError, nothing of it runs any more.
 
-        Ids have been checked; ``pinned[i]`` is 1 where slot ``slots[i]`` is registered. The context must be bound in this thread.
+        Raises EngineLost where that cannot be known: then the device may still read and write these slots and blocks. Ids have been
+        checked; ``pinned[i]`` is 1 where slot ``slots[i]`` is registered. The context must be bound in this thread.
         """
         check = check or Check(0, _NOTHING, _NO_FLAGS)
         while True:
@@ -130,7 +131,7 @@ class Lane:
         """It is not known that all of a call that failed has ended, so its slots and blocks may not be used for anything else."""
         self.lost = error
         log.error("the GPU does not say whether a copy has ended: nothing is copied any more", reason=str(error), then=str(then))
-        raise error
+        raise EngineLost(f"it is not known whether a copy has ended: {error}") from error
 
 
 def _addresses(driver: Driver) -> NDArray[np.uint64]:
