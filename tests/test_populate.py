@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
+from kvoffload import populate
 from kvoffload.errors import CapacityError, CopyError
-from kvoffload.populate import Populator, Preparation, Prepare
+from kvoffload.populate import LONGEST_PAUSE_S, Populator, Preparation, Prepare
 from kvoffload.segment import Crew, Segment
 
 MIB = 1 << 20
@@ -292,6 +293,44 @@ def test_what_memory_allowed_is_prepared_too() -> None:
     assert isinstance(populator.error, CapacityError)
     assert grown == [384]
     full.close()
+
+
+def test_after_the_start_pieces_are_small_and_each_waits_for_as_long_as_the_last_took(segment: Segment) -> None:
+    engine, pauses, now = Engine(), list[tuple[float, int]](), [0.0]
+    took = iter([9.0, 9.0, 0.25, 0.5, 5.0, 0.125])
+
+    def prepare(populated: int, *, at_start: bool = False) -> int:
+        now[0] += next(took)
+        return engine.prepare(populated, at_start=at_start)
+
+    def pause(seconds: float) -> bool:
+        pauses.append((seconds, len(engine.asked)))
+        return False
+
+    preparation = Preparation(prepare, 100, needs_leave=lambda: True, later_piece_slots=96)
+    populator = Populator(segment, lambda slots: None, step_bytes=MIB, preparation=preparation, clock=lambda: now[0], pause=pause)
+    assert populator.first_slots() == 128
+    populator.allow()
+    populator.start()
+    assert populator.wait(WAIT_S)
+    assert engine.asked == [100, 128, 224, 320, 416, 512]
+    assert pauses == [(0.0, 2), (0.25, 3), (0.5, 4), (LONGEST_PAUSE_S, 5)]
+
+
+def test_close_ends_a_pause(segment: Segment, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(populate, "LONGEST_PAUSE_S", 3600.0)
+    engine, now = Engine(), [0.0]
+
+    def prepare(populated: int, *, at_start: bool = False) -> int:
+        now[0] += 3600.0
+        return engine.prepare(populated)
+
+    populator = Populator(segment, lambda slots: None, step_bytes=4 * MIB, preparation=gpu(prepare, 8), clock=lambda: now[0])
+    populator.allow()
+    populator.start()
+    assert engine.was_asked.acquire(timeout=WAIT_S)
+    assert populator.close(WAIT_S)
+    assert engine.asked == [8]
 
 
 def test_waiting_to_be_allowed_ends_with_close(segment: Segment) -> None:

@@ -15,6 +15,9 @@ from kvoffload.segment import STEP_BYTES, Crew, Segment
 
 log = get_logger("populate")
 
+LONGEST_PAUSE_S = 1.0
+"""Between pieces prepared while the model runs. Each may hold up all who call the driver: the next waits for as long as the last took."""
+
 MOST_ASKS = 64
 """For slots that an engine does not give: parts of a page, where memory ran out there. Each costs a step of vLLM some microseconds."""
 
@@ -41,6 +44,8 @@ class Preparation:
     piece_slots: int | None = None
     needs_leave: Callable[[], bool] = lambda: False
     crew: Crew | None = None
+    later_piece_slots: int | None = None
+    """After the start, instead of ``piece_slots``."""
 
 
 class Populator:
@@ -60,6 +65,7 @@ class Populator:
         step_bytes: int = STEP_BYTES,
         preparation: Preparation | None = None,
         clock: Callable[[], float] = time.monotonic,
+        pause: Callable[[float], bool] | None = None,
     ) -> None:
         self._segment = segment
         self._on_grown = on_grown
@@ -70,6 +76,8 @@ class Populator:
         self._clock = clock
         self._usable = 0
         self._stop = threading.Event()
+        self._pause = pause or self._stop.wait  # whether it is to stop
+        self._pause_s = 0.0
         self._go_on = threading.Event()  # set by `allow` and `close`
         self._thread = threading.Thread(target=self._run, name="kvoffload-populate", daemon=True)
         self.error: Exception | None = None
@@ -174,11 +182,16 @@ class Populator:
             self._report(populated)
             return
         while self._usable < populated and not self._stop.is_set():
-            upto = populated if preparation.piece_slots is None else self._usable + preparation.piece_slots
+            piece_slots = preparation.piece_slots if at_start else preparation.later_piece_slots or preparation.piece_slots
+            upto = populated if piece_slots is None else self._usable + piece_slots
             if upto > populated and not all_of_it:
                 return
             upto = min(upto, populated)
+            if not at_start and self._pause(self._pause_s):
+                return
+            begun = self._clock()
             usable = preparation.prepare(upto, at_start=at_start)
+            self._pause_s = 0.0 if at_start or not preparation.needs_leave() else min(self._clock() - begun, LONGEST_PAUSE_S)
             if usable <= self._usable:
                 return
             self._report(usable)

@@ -370,8 +370,8 @@ MUTATIONS = (
     Mutation(
         "pieces end on slots",
         "cuda/pinned.py",
-        "self._piece_slots = max(1, piece_bytes // (self._unit * segment.slot_bytes)) * self._unit",
-        "self._piece_slots = max(1, -(-piece_bytes // segment.slot_bytes))",
+        "return max(1, piece_bytes // (self._unit * self._segment.slot_bytes)) * self._unit",
+        "return max(1, -(-piece_bytes // self._segment.slot_bytes))",
         "cuda/test_pinned.py",
     ),
     Mutation(
@@ -503,7 +503,7 @@ MUTATIONS = (
     Mutation(
         "pieces",
         "populate.py",
-        "else self._usable + preparation.piece_slots",
+        "else self._usable + piece_slots",
         "else populated",
         "test_populate.py",
     ),
@@ -685,9 +685,37 @@ MUTATIONS = (
     Mutation(
         "pieces as settings say",
         "runtime/rank.py",
-        "max(1, config.gpu.pin_piece_bytes // self.segment.slot_bytes)",
-        "self.segment.slots",
+        "            pinned.slots_of(config.gpu.pin_piece_bytes),\n",
+        "            self.segment.slots,\n",
         "cuda/test_startup.py",
+    ),
+    Mutation(
+        "small pieces while the model runs",
+        "runtime/rank.py",
+        "min(config.gpu.pin_piece_bytes, LATER_PIECE_BYTES)",
+        "config.gpu.pin_piece_bytes",
+        "cuda/test_startup.py",
+    ),
+    Mutation(
+        "small pieces after the start",
+        "populate.py",
+        "preparation.piece_slots if at_start else preparation.later_piece_slots or preparation.piece_slots",
+        "preparation.piece_slots",
+        "test_populate.py",
+    ),
+    Mutation(
+        "a pause after each piece",
+        "populate.py",
+        "            if not at_start and self._pause(self._pause_s):\n                return\n",
+        "",
+        "test_populate.py",
+    ),
+    Mutation(
+        "a pause has its bound",
+        "populate.py",
+        "min(self._clock() - begun, LONGEST_PAUSE_S)",
+        "self._clock() - begun",
+        "test_populate.py",
     ),
     Mutation(
         "engine given back where the proof fails",

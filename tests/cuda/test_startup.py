@@ -28,6 +28,7 @@ from kvoffload.cuda import pinned
 from kvoffload.errors import CopyError, KVOffloadError, LayoutError
 from kvoffload.ledger import Ledger
 from kvoffload.messages import LoadBlocks, SegmentGrown
+from kvoffload.runtime import rank as rank_module
 from kvoffload.runtime.worker import FromRank, Rank, WorkerRuntime
 from kvoffload.segment import STEP_BYTES
 
@@ -190,6 +191,20 @@ def test_marks_before_the_hub_came_and_those_of_the_proof_are_no_leave(half: Hal
     until(lambda: half.rank.segment.populated_slots == SLOTS)
     assert not half.runtime._populator.wait(0.05)
     assert half.pinned == IN_A_STEP
+
+
+def test_pieces_are_smaller_while_the_model_runs(half: Half, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_module, "LATER_PIECE_BYTES", MIB)
+    late = WorkerRuntime(settings(pin_at_start_s=0), half.rank, half.loop.call_soon)
+    late.start()
+    half.standin.clear_calls()
+    late.attach(half.ledger, half.told.append)
+    late.mark()
+    assert late._populator.wait(WAIT_S)
+    assert half.pinned == SLOTS
+    sizes = [int(list(call.arguments.values())[1]) for call in half.standin.calls("cuMemHostRegister")]
+    assert MIB - SLOT < max(sizes) <= MIB
+    assert late.hands.close(WAIT_S)
 
 
 def test_slots_are_reported_as_they_are_pinned(half: Half) -> None:

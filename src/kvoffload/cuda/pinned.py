@@ -46,7 +46,7 @@ class PinnedSegment:
         self._address = segment.address
         # So many slots together are whole pages. One, but for pages of 64 KiB (arm64), of which a slot may be a part.
         self._unit = math.lcm(segment.slot_bytes, mmap.PAGESIZE) // segment.slot_bytes
-        self._piece_slots = max(1, piece_bytes // (self._unit * segment.slot_bytes)) * self._unit
+        self._piece_slots = self.slots_of(piece_bytes)
         self._lock = threading.Lock()
         self._pieces: list[int] = []  # addresses, in the order of registration
         self._pinned_slots = self._usable = 0
@@ -55,6 +55,10 @@ class PinnedSegment:
         """Why the slots from `pinned_slots` on are not pinned and will not be."""
         self.device_pointer_is_host_pointer = True
         """Whether kernels may use the host's addresses of all that is pinned. Where nothing is pinned it says nothing."""
+
+    def slots_of(self, piece_bytes: int) -> int:
+        """How many slots a piece of at most so many bytes has; as few as can be pinned at all where these are more."""
+        return max(1, piece_bytes // (self._unit * self._segment.slot_bytes)) * self._unit
 
     @property
     def pinned_slots(self) -> int:
