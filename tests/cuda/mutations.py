@@ -578,6 +578,13 @@ MUTATIONS = (
         "test_numa.py",
     ),
     Mutation(
+        "threads stay on the CPUs that this process may use",
+        "cuda/numa.py",
+        "return near & allowed or allowed",
+        "return near or allowed",
+        "test_numa.py",
+    ),
+    Mutation(
         "a node of -1 is none",
         "cuda/numa.py",
         "return node if node >= 0 else None",

@@ -47,8 +47,7 @@ def cpus_near(pci_bus_id: str | None, sys_root: Path = Path("/sys")) -> frozense
     allowed = frozenset(os.sched_getaffinity(0))
     node = node_of(pci_bus_id, sys_root) if pci_bus_id is not None else None
     near = cpus_of(node, sys_root) if node is not None else frozenset[int]()
-    # A process kept to CPUs of another node still wants its memory here; where it must not, binding is refused and that is that.
-    return near & allowed or near or allowed
+    return near & allowed or allowed
 
 
 def _parsed(cpulist: str) -> list[int]:
