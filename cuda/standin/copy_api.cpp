@@ -31,12 +31,13 @@ Result copy(Call& call, Lock& lock, Handle handle, const Copy& wanted, Direction
         return SUCCESS;
     }
     call.outside_capture(stream->handle);
-    // Pageable memory is staged by the driver: read before the call returns, and a copy to it is over when the call is.
+    // Pageable memory is staged by the driver: read before the call returns, and a copy to it is over when the call is. But one from it is
+    // not: the last part of its way is the copy engine's, whatever the call is named ("API synchronization behavior" in CUDA's manual).
     if (to_pageable || from_pageable || is_synchronous) call.check_capture();
     Copy made = wanted;
     if (from_pageable) made.order = ORDER_DURING_API_CALL;
     const MomentPtr done = stream->enqueue(copy_operation("copy", {made}));
-    return is_synchronous || to_pageable ? call.wait(lock, done) : SUCCESS;
+    return (is_synchronous && !from_pageable) || to_pageable ? call.wait(lock, done) : SUCCESS;
 }
 
 Call& logged(Call& call, Address target, Address source, size_t size) {

@@ -920,4 +920,11 @@ MUTATIONS = (
         "                if False:",
         "copy/test_proof.py",
     ),
+    Mutation(
+        "the table of runs is not waited for",
+        "cuda/kernels.py",
+        '        driver.call("cuStreamSynchronize", _DEFAULT_STREAM)\n    except',
+        "        pass\n    except",
+        "cuda/test_kernels.py",
+    ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from contextlib import suppress
 from importlib import resources
 from typing import Any
 
@@ -17,6 +18,22 @@ from kvoffload.segment import Segment
 GATHER, SCATTER = "kv_gather", "kv_scatter"
 _IMAGE = "kv_copy.fatbin"
 _HOST_FLAGS = 1  # CU_MEMHOSTALLOC_PORTABLE
+_DEFAULT_STREAM = 0  # the legacy one, in which calls without a stream run
+
+
+def upload(driver: Driver, address: int, content: NDArray[Any]) -> None:
+    """Write ``content`` to the device; done when this returns. Not while any graph is captured. Raises CudaError.
+
+    From pageable memory cuMemcpyHtoD returns when the bytes are staged ("API synchronization behavior" in CUDA's manual), and streams
+    of our own do not come after the default one.
+    """
+    driver.call("cuMemcpyHtoD", address, content.ctypes.data, content.nbytes)
+    try:
+        driver.call("cuStreamSynchronize", _DEFAULT_STREAM)
+    except CudaError:
+        with suppress(CudaError):  # it may have told of an older error: whoever gives the memory back needs to know that it is over
+            driver.call("cuStreamSynchronize", _DEFAULT_STREAM)
+        raise
 
 
 class Kernels:
@@ -39,7 +56,7 @@ class Kernels:
             runs = int(driver.call("cuMemAlloc", plan.nbytes))
             self._device_memory.append(runs)
             # kv_run of kv_copy.cu has the columns of the plan.
-            driver.call("cuMemcpyHtoD", runs, plan.ctypes.data, plan.nbytes)
+            upload(driver, runs, plan)
         except BaseException:
             self.close()
             raise

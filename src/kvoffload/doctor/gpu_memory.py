@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from kvoffload.copy.cuda import CudaCopyEngine, Gpu
 from kvoffload.copy.engine import CopyEngine, Ids
 from kvoffload.cuda.driver import Driver
+from kvoffload.cuda.kernels import upload
 from kvoffload.cuda.pinned import PinnedSegment
 from kvoffload.cuda.settings import GpuCopySettings
 from kvoffload.cuda.streams import Stream
@@ -35,7 +36,7 @@ class DeviceMemory:
     def write(self, content: Bytes) -> None:
         """All of it; done when this returns."""
         self._driver.bind()
-        self._driver.call("cuMemcpyHtoD", self.address, content.ctypes.data, self.num_bytes)
+        upload(self._driver, self.address, content)
 
     def read(self, into: Bytes) -> None:
         """All of it; done when this returns."""
