@@ -78,6 +78,7 @@ class Populator:
         self._stop = threading.Event()
         self._pause = pause or self._stop.wait  # whether it is to stop
         self._pause_s = 0.0
+        self._gave_less = False  # than it was asked for: then asking again at once is of no use
         self._go_on = threading.Event()  # set by `allow` and `close`
         self._thread = threading.Thread(target=self._run, name="kvoffload-populate", daemon=True)
         self.error: Exception | None = None
@@ -85,7 +86,8 @@ class Populator:
     def first_slots(self, seconds: float = 0.0) -> int:
         """On the caller's thread, before `start`: the least that gives a usable slot, and as much more as ``seconds`` allow.
 
-        Raises CapacityError when memory does not suffice for one slot; when it runs out later, `start` will find that again.
+        Raises CapacityError when memory does not suffice for one slot; when it runs out later, `start` will find that again. Raises
+        what the preparation does.
         """
         deadline = self._clock() + seconds
         segment, is_short = self._segment, False
@@ -150,7 +152,7 @@ class Populator:
         """Also what is less than a piece. An engine that gives fewer slots than asked for is asked again when next allowed to."""
         asks = 0
         while self._preparation is not None and self._usable < self._segment.populated_slots and asks < MOST_ASKS:
-            if self._needs_leave():
+            if self._needs_leave() or self._gave_less:
                 self._go_on.wait()
                 self._go_on.clear()
             if self._stop.is_set():
@@ -192,6 +194,7 @@ class Populator:
             begun = self._clock()
             usable = preparation.prepare(upto, at_start=at_start)
             self._pause_s = 0.0 if at_start or not preparation.needs_leave() else min(self._clock() - begun, LONGEST_PAUSE_S)
+            self._gave_less = usable < upto
             if usable <= self._usable:
                 return
             self._report(usable)

@@ -268,6 +268,7 @@ def test_the_engine_gets_the_settings_of_the_gpu() -> None:
     assert (settings.copy.value, settings.pin, settings.pin_piece_bytes) == ("single", False, 1 << 21)
     assert (settings.kernel_blocks, settings.inflight_bytes) == (3, 1 << 20)
     assert copy_settings(Config().gpu) == type(settings)()
+    assert not hasattr(settings, "pin_at_start_s"), "the runtime keeps it: two that say it may say two things"
 
 
 @pytest.mark.parametrize("where", ["preparation", "start"])

@@ -22,7 +22,7 @@ class GpuCopySettings:
     """Bounds of one direction. `kernel_below_bytes` and `kernel_min_pieces` are where vLLM draws the line for its own kernel.
 
     ``descriptors_per_call``: more in one cuMemcpyBatchAsync were seen to hang a driver. ``inflight_bytes``: what may be under way at
-    once, so that the engine's own copies find room. ``pin_at_start_s``: how long start-up may be spent on registering memory.
+    once, so that the engine's own copies find room.
     """
 
     copy: CopyMode = CopyMode.AUTO
@@ -33,7 +33,6 @@ class GpuCopySettings:
     inflight_bytes: int = 64 << 20
     pin: bool = True
     pin_piece_bytes: int = 1 << 30
-    pin_at_start_s: float = 10.0
 
     def __post_init__(self) -> None:
         for name in ("descriptors_per_call", "kernel_blocks", "inflight_bytes", "pin_piece_bytes"):

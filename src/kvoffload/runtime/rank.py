@@ -136,8 +136,8 @@ class Rank:
 
 
 def copy_settings(gpu: GpuSettings) -> GpuCopySettings:
-    """Section ``gpu``, as the engine takes it."""
-    values = gpu.model_dump()
+    """Section ``gpu``, as the engine takes it: all but how long a start may take, which is the runtime's to keep."""
+    values = gpu.model_dump(exclude={"pin_at_start_s"})
     return GpuCopySettings(copy=CopyMode(values.pop("copy_with")), **values)
 
 

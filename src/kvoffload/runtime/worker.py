@@ -72,9 +72,11 @@ class WorkerRuntime:
     # ------------------------------------------------------------ life
 
     def start(self) -> None:
-        """Make the first slots usable, and start the threads. The rest of the slots follow once the hub is there. Raises CapacityError.
+        """Make the first slots usable, and start the threads. The rest of the slots follow once the hub is there.
 
-        On a GPU this takes ``gpu.pin_at_start_s``: now no CUDA graph is being captured, and after this only when the first step has run.
+        On a GPU this takes up to ``gpu.pin_at_start_s``: now no CUDA graph is being captured, and later memory is pinned only when the
+        first step has run. What will not be pinned does not wait. Raises CapacityError where memory does not suffice for one slot, and
+        CopyError where the device cannot be used any more.
         """
         self._populator.first_slots(self._config.gpu.pin_at_start_s if self.rank.gpu is not None else 0.0)
         self.rank.tell()
