@@ -72,6 +72,15 @@ def test_all_is_loaded_before_the_first_step(standin: Standin) -> None:
     rig.close()
 
 
+def test_no_kernel_is_faster_than_the_table_that_it_reads(standin: Standin) -> None:
+    """It is copied from ordinary memory in the default stream, which no stream of ours waits for."""
+    standin.delay(0, 0.2)
+    rig = CudaRig.plain(standin, KERNEL)
+    rig.engine.save(ids(1), ids(1), ids(0), rig.engine.mark())
+    assert rig.slot(1) == rig.block(1)
+    rig.close()
+
+
 def test_the_image_is_a_fatbin() -> None:
     assert load_image()[:4] == (0xBA55ED50).to_bytes(4, "little")
 
