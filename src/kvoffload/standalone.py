@@ -5,11 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import anyio
 import anyio.to_thread
@@ -93,6 +93,15 @@ async def open_runtime(config: Config | Mapping[str, object] | None = None) -> A
             await anyio.to_thread.run_sync(runtime._close)
 
 
+class CudaStream(Protocol):
+    """Such as torch.cuda.Stream is."""
+
+    @property
+    def cuda_stream(self) -> int:
+        """The CUstream."""
+        ...
+
+
 class Runtime:
     """Saves blocks of paged tensors to host memory and loads them back. Made by `open_runtime`; for tasks of one event loop."""
 
@@ -110,17 +119,22 @@ class Runtime:
         self._generation = 0
         self._is_closed = False
 
-    async def register(self, tensors: Mapping[str, Tensor], *, block_size: int) -> None:
+    async def register(self, tensors: Mapping[str, Tensor], *, block_size: int, stream: CudaStream | int | None = None) -> None:
         """Hand over the paged KV: by layer name a torch tensor or numpy array of shape (num_blocks, ...), one dtype and device each.
 
         ``block_size`` is in tokens. Checks memory, compiles, proves the layout by a round trip through blocks that it then restores:
         nobody may use the tensors meanwhile. Once per runtime. Raises LayoutError, CapacityError, UnsupportedError, MisuseError.
+
+        ``stream`` is for tensors on a GPU: the one that KV is computed in, a torch.cuda.Stream or a CUstream's handle. Each copy comes
+        after all that it was given before the call, and after nothing else: work of other streams must be ordered with it, or be
+        finished. By default it is torch's current stream of the thread that calls, at the time of each call; for the tests of
+        `register` itself, which run in another thread, everything must be finished then.
         """
         if self._parts is not None or self._is_closed:
             raise MisuseError("register() once, on an open runtime: open another one for other tensors")
         if not tensors or block_size < 1:
             raise MisuseError(f"register() needs at least one tensor, and a block_size of at least 1, not {len(tensors)} and {block_size}")
-        self._parts = await anyio.to_thread.run_sync(self._start, dict(tensors), block_size)
+        self._parts = await anyio.to_thread.run_sync(self._start, dict(tensors), block_size, _handle_of(stream))
         await self._first_slots(self._parts)
 
     async def _first_slots(self, parts: _Parts) -> None:
@@ -134,10 +148,10 @@ class Runtime:
                 while not parts.hub.knows_nodes:  # noqa: ASYNC110
                     await anyio.sleep(0.001)
 
-    def _start(self, tensors: Mapping[str, Tensor], block_size: int) -> _Parts:
+    def _start(self, tensors: Mapping[str, Tensor], block_size: int, current_stream: Callable[[], int] | None) -> _Parts:
         num_blocks = int(next(iter(tensors.values())).shape[0])
         with ExitStack() as undo:
-            rank = Rank.prepare(self._config, 0, tensors, num_blocks, lambda engine: engine)
+            rank = Rank.prepare(self._config, 0, tensors, num_blocks, lambda engine: engine, current_stream=current_stream)
             undo.callback(rank.close)
             ledger = Ledger(num_blocks)
             undo.callback(ledger.close)
@@ -174,7 +188,8 @@ class Runtime:
     async def save(self, tokens: Sequence[int], blocks: Sequence[int], *, salt: bytes = b"") -> Saved:
         """Keep the KV of ``tokens``, whose block *i* lies in engine block ``blocks[i]``; an incomplete last block is left out.
 
-        The caller must not change the blocks before this returns. Cancelled, it still waits for what may be reading them. What L1
+        On a GPU the KV must be finished, or have been given to the stream of `register` before this is called. The caller must not
+        change the blocks before this returns. Cancelled, it still waits for what may be reading them. What L1
         has no room for is not stored; that is no error. Raises MisuseError, and CopyError once the runtime is off.
         """
         parts = self._open_parts()
@@ -185,19 +200,20 @@ class Runtime:
             raise MisuseError(f"{len(tokens)} tokens fill {full} blocks of {parts.block_size}, but {len(blocks)} blocks were given")
         self._check_blocks(parts, blocks[:full])
         if full:
+            mark = parts.worker.mark()  # before anything is awaited: torch's current stream is the thread's, not the task's
             async with self._saves_room:
                 with anyio.CancelScope(shield=True):
-                    await self._save(parts, tuple(chain.keys), tuple(blocks[:full]))
+                    await self._save(parts, tuple(chain.keys), tuple(blocks[:full]), mark)
         async with self._matched(parts, tuple(chain.keys)) as hit:
             return Saved(full * parts.block_size, hit.tokens)
 
-    async def _save(self, parts: _Parts, keys: tuple[bytes, ...], blocks: tuple[int, ...]) -> None:
+    async def _save(self, parts: _Parts, keys: tuple[bytes, ...], blocks: tuple[int, ...], mark: object) -> None:
         request = f"save-{next(self._counter)}"
         run = SaveRun(request, ROOT, keys, blocks, parts.ledger.epochs(blocks))
         for batch in cut([run], MAX_BLOCKS_PER_JOB):
             job = next(self._counter)
             if parts.hub.offer(ReserveSlots(job, batch)):
-                parts.worker.save(SaveBlocks(job, parts.worker.mark()))
+                parts.worker.save(SaveBlocks(job, mark))
             # One batch at a time: a save that L1 cannot take at once goes on where it has caught up.
             await parts.hub.flush(nodes=False).wait()
 
@@ -244,6 +260,9 @@ class Runtime:
     async def load(self, hit: Hit, blocks: Sequence[int], *, first_block: int = 0) -> int:
         """Fill engine block ``blocks[i]`` with block ``first_block + i`` of the hit, whose lease this uses up; the number of tokens loaded.
 
+        On a GPU it comes after what the stream of `register` was given before the call, and what is given to any stream after this
+        has returned finds the KV in the blocks.
+
         Cancelled, it still waits for a copy that has started. Raises MisuseError, and CopyError when the blocks hold no KV.
         """
         parts = self._open_parts()
@@ -251,6 +270,7 @@ class Runtime:
         if first_block < 0 or not 0 < count <= hit.blocks - first_block:
             raise MisuseError(f"blocks {first_block} to {first_block + count - 1} are not among the {hit.blocks} blocks of this hit")
         self._check_blocks(parts, blocks)
+        mark = parts.worker.mark()  # before anything is awaited, as for a save
         async with self._loads_room:
             if not hit._is_open:
                 raise MisuseError("this hit was loaded already, or its match is over: match again")
@@ -263,7 +283,7 @@ class Runtime:
             answer = hit._answer
             parts.hub.owe(StartLoad(job, answer.request, answer.sequence, first_block, count))
             slots = answer.slots[first_block : first_block + count]
-            handle = parts.worker.load(LoadBlocks(job, answer.request, slots, tuple(blocks), parts.worker.mark()))
+            handle = parts.worker.load(LoadBlocks(job, answer.request, slots, tuple(blocks), mark))
             try:
                 if handle is None:
                     parts.worker.withdrawn(job, answer.request)
@@ -351,6 +371,16 @@ class Runtime:
         parts.worker.close(3.0)
         self._loop.stop(1.0)
         parts.ledger.close()
+
+
+def _handle_of(stream: CudaStream | int | None) -> Callable[[], int] | None:
+    """For each mark; it holds the stream, which torch would give to somebody else. Raises MisuseError."""
+    if stream is None:
+        return None
+    handle: object = getattr(stream, "cuda_stream", stream)
+    if isinstance(handle, bool) or not isinstance(handle, int):
+        raise MisuseError(f"stream= is a torch.cuda.Stream or the handle of a CUstream, not {stream!r}")
+    return lambda: stream if isinstance(stream, int) else stream.cuda_stream
 
 
 @dataclass(frozen=True, slots=True)
