@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import threading
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from tests.copy.rigs import ids
+from tests.copy.rigs import WAIT_S, ids
 from tests.cuda.rigs import CudaRig, Running
 from tests.cuda.standin import Code, Effect, Machine, Standin
 
+from kvoffload.copy.cuda import Mark
 from kvoffload.cuda.driver import CudaError
 from kvoffload.cuda.settings import CopyMode, GpuCopySettings
+from kvoffload.cuda.streams import Event, EventPool
 from kvoffload.errors import CopyError, EngineLost, UnsupportedError
 
 pytestmark = pytest.mark.cuda
@@ -169,6 +172,70 @@ def test_a_mark_that_fails_raises_with_the_copy(standin: Standin, function: str)
             rig.engine.save(ids(1), ids(1), ids(0), marks[0])
     assert rig.engine.save(ids(1), ids(1), ids(0), held[0]).all()
     assert rig.engine.save(ids(1), ids(1), ids(0), rig.engine.mark()).all()
+    rig.close()
+
+
+def test_a_mark_that_fails_in_torch_or_the_bindings_raises_with_the_copy(standin: Standin) -> None:
+    rig = CudaRig.plain(standin)
+
+    def current_stream() -> int:
+        raise RuntimeError("torch has lost its device")
+
+    works, rig.cuda.gpu = rig.cuda.gpu, replace(rig.cuda.gpu, current_stream=current_stream)
+    mark = rig.engine.mark()
+    with pytest.raises(CopyError, match=r"nothing was copied: .* could not be marked: torch has lost its device"):
+        rig.engine.save(ids(1), ids(1), ids(0), mark)
+    rig.cuda.gpu = works
+    assert rig.engine.save(ids(1), ids(1), ids(0), rig.engine.mark()).all()
+    rig.close()
+
+
+def test_an_engine_that_is_closed_while_it_asks_for_the_stream(standin: Standin) -> None:
+    rig = CudaRig.plain(standin)
+    stream = rig.stream
+
+    def current_stream() -> int:
+        rig.engine.close()
+        return stream
+
+    rig.cuda.gpu = replace(rig.cuda.gpu, current_stream=current_stream)
+    mark = rig.engine.mark()
+    assert isinstance(mark, Mark)
+    assert mark.event is None
+    assert standin.calls("cuEventRecord") == []
+    rig.close()
+
+
+class Pausing:
+    """As the engine's events; recording one takes until it is let go on."""
+
+    def __init__(self, events: EventPool) -> None:
+        self._events = events
+        self.is_recording, self.go_on = threading.Event(), threading.Event()
+
+    def take(self) -> Event:
+        return self._events.take()
+
+    def record(self, event: Event, stream: int) -> None:
+        self.is_recording.set()
+        assert self.go_on.wait(WAIT_S)
+        self._events.record(event, stream)
+
+
+def test_closing_waits_for_a_mark_that_is_being_recorded(standin: Standin, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = CudaRig.plain(standin)
+    pausing = Pausing(rig.cuda._events)
+    monkeypatch.setattr(rig.cuda, "_events", pausing)
+    marking = Running(rig.engine.mark)
+    assert pausing.is_recording.wait(WAIT_S)
+    closing = Running(rig.engine.close)
+    closing._thread.join(0.1)
+    assert closing.is_running
+    assert standin.calls("cuEventDestroy") == []
+    pausing.go_on.set()
+    marking.result()
+    closing.result()
+    assert standin.violations() == []
     rig.close()
 
 

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 log = get_logger("cuda")
 
+_CAPTURED = "a CUDA graph was being captured when it was marked: what a graph computes is saved when it is replayed"
+
 _lost_engines: list[CudaCopyEngine] = []
 """A copy of theirs may still be under way: they hold tensors and slots to the end of the process."""
 
@@ -96,7 +98,6 @@ class CudaCopyEngine:
             self._check_ids, self._new_check = native.compile_check(), lanes.Check
             self.block_bytes = layout.payload_bytes
             self.segment = segment
-            self.gpu = gpu
             self._driver, self._pinned = gpu.driver, gpu.pinned
             self.gpu = gpu
             self._keep: tuple[object, ...] = (layout.keep, segment.array)  # what the plan's addresses point into
@@ -106,6 +107,7 @@ class CudaCopyEngine:
             self._slots_seen = np.zeros(self._num_slots, dtype=np.uint8)
             self._blocks_seen = np.zeros(self._num_blocks, dtype=np.uint8)
             self._saving, self._loading = threading.Lock(), threading.Lock()
+            self._marking = threading.Lock()  # so that no event goes between being taken and being recorded
             self._closed = False
             self._has_stepped, self._usable = False, 0
             self.use_ledger(ledger)
@@ -164,13 +166,16 @@ class CudaCopyEngine:
         if self._closed:
             return Mark(None, "the copy engine is closed")
         try:
-            self._driver.bind()
             stream = self.gpu.current_stream()
-            if int(self._driver.call("cuStreamIsCapturing", stream)):
-                return Mark(None, "a CUDA graph was being captured when it was marked: what a graph computes is saved when it is replayed")
-            event = self._events.take()
-            self._events.record(event, stream)
-        except CudaError as error:  # in vLLM's thread nothing is raised: the copy that comes with it will be
+            with self._marking:
+                if self._closed:
+                    return Mark(None, "the copy engine is closed")
+                self._driver.bind()
+                if int(self._driver.call("cuStreamIsCapturing", stream)):
+                    return Mark(None, _CAPTURED)
+                event = self._events.take()
+                self._events.record(event, stream)
+        except (CudaError, RuntimeError) as error:  # in vLLM's thread nothing is raised: the copy that comes with it will be
             return Mark(None, f"what it was to come after could not be marked: {error}")
         self._has_stepped = True
         return Mark(event)
@@ -201,7 +206,8 @@ class CudaCopyEngine:
         with self._saving, self._loading:
             if self._closed:
                 return
-            self._closed = True
+            with self._marking:
+                self._closed = True
             if any(lane.lost for lane in self._lanes.values()):
                 log.error("memory and streams are left to the end of the process: a copy may still be under way")
                 return
