@@ -55,7 +55,7 @@ MUTATIONS = (
     Mutation(
         "a mark records no event",
         "copy/cuda.py",
-        "            self._events.record(event, stream)\n",
+        "                self._events.record(event, stream)\n",
         "",
         "cuda/test_engine_order.py::test_a_save_reads_what_was_still_to_be_written_when_it_was_marked",
     ),
@@ -223,9 +223,30 @@ MUTATIONS = (
     Mutation(
         "a mark that fails raises into vLLM",
         "copy/cuda.py",
-        "        except CudaError as error:  # in vLLM's thread nothing is raised: the copy that comes with it will be\n",
+        "        except (CudaError, RuntimeError) as error:  # in vLLM's thread nothing is raised: the copy that comes with it will be\n",
         "        except ZeroDivisionError as error:\n",
         "cuda/test_engine_errors.py::test_a_mark_that_fails_raises_with_the_copy",
+    ),
+    Mutation(
+        "a mark that fails in torch raises into vLLM",
+        "copy/cuda.py",
+        "        except (CudaError, RuntimeError) as error:",
+        "        except CudaError as error:",
+        "cuda/test_engine_errors.py::test_a_mark_that_fails_in_torch_or_the_bindings_raises_with_the_copy",
+    ),
+    Mutation(
+        "an event is destroyed while it is being recorded",
+        "copy/cuda.py",
+        "            with self._marking:\n                self._closed = True\n",
+        "            if True:\n                self._closed = True\n",
+        "cuda/test_engine_errors.py::test_closing_waits_for_a_mark_that_is_being_recorded",
+    ),
+    Mutation(
+        "an event of an engine that was closed meanwhile is recorded",
+        "copy/cuda.py",
+        "            with self._marking:\n                if self._closed:\n",
+        "            with self._marking:\n                if False:\n",
+        "cuda/test_engine_errors.py::test_an_engine_that_is_closed_while_it_asks_for_the_stream",
     ),
     Mutation(
         "the context is bound in the first thread only",
@@ -244,8 +265,8 @@ MUTATIONS = (
     Mutation(
         "a mark is recorded into a graph",
         "copy/cuda.py",
-        '            if int(self._driver.call("cuStreamIsCapturing", stream)):\n',
-        "            if False:\n",
+        '                if int(self._driver.call("cuStreamIsCapturing", stream)):\n',
+        "                if False:\n",
         "cuda/test_engine_capture.py::test_a_mark_in_a_captured_stream_records_nothing",
     ),
     Mutation(
