@@ -183,13 +183,13 @@ class Populator:
         if preparation is None:
             self._report(populated)
             return
-        while self._usable < populated and not self._stop.is_set():
+        while self._usable < populated:
             piece_slots = preparation.piece_slots if at_start else preparation.later_piece_slots or preparation.piece_slots
             upto = populated if piece_slots is None else self._usable + piece_slots
             if upto > populated and not all_of_it:
                 return
             upto = min(upto, populated)
-            if not at_start and self._pause(self._pause_s):
+            if self._stop.is_set() if at_start else self._pause(self._pause_s):
                 return
             begun = self._clock()
             usable = preparation.prepare(upto, at_start=at_start)

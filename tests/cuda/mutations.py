@@ -538,8 +538,8 @@ MUTATIONS = (
     Mutation(
         "close waits for one piece only",
         "populate.py",
-        "        while self._usable < populated and not self._stop.is_set():",
-        "        while self._usable < populated:",
+        "            if self._stop.is_set() if at_start else self._pause(self._pause_s):\n",
+        "            if not at_start and self._pause(self._pause_s) and False:\n",
         "test_populate.py",
     ),
     Mutation(
@@ -741,8 +741,8 @@ MUTATIONS = (
     Mutation(
         "a pause after each piece",
         "populate.py",
-        "            if not at_start and self._pause(self._pause_s):\n                return\n",
-        "",
+        "self._stop.is_set() if at_start else self._pause(self._pause_s)",
+        "self._stop.is_set()",
         "test_populate.py",
     ),
     Mutation(
