@@ -53,6 +53,24 @@ def test_a_context_is_bound_once_in_each_thread(standin: Standin, driver: Driver
     assert len(bound) == len({call.thread for call in bound}) == 2
 
 
+def test_a_callers_thread_has_its_own_context_back(standin: Standin) -> None:
+    """It may have chosen another device since: what was bound there once says nothing."""
+    standin.reset(Machine(devices=2))
+    ours, theirs = Driver.open(0), Driver.open(1)
+
+    def use() -> None:
+        ours.bind()
+        theirs.call("cuCtxSetCurrent", theirs._context)  # as torch.cuda.set_device does it, unknown to us
+        with ours.pushed():
+            assert int(ours.call("cuCtxGetCurrent")) == int(ours._context)
+            ours.call("cuEventDestroy", ours.call("cuEventCreate", 3))
+        assert int(ours.call("cuCtxGetCurrent")) == int(theirs._context)
+
+    Running(use).result()
+    ours.close()
+    theirs.close()
+
+
 def test_a_thread_without_a_context_is_refused(standin: Standin, driver: Driver) -> None:
     driver.bind()
     with pytest.raises(CudaError, match=r"cuEventCreate failed: CUDA_ERROR_INVALID_CONTEXT \(201\)"):

@@ -83,7 +83,7 @@ def test_every_call_of_a_copy_fails_once(scene: Scene, effect: Effect) -> None:
         rig.engine.save(FOUR, FOUR, NONE, rig.engine.mark())
         lane = rig.lane(scene.what)
         scene.standin.delay(lane, 0.002)  # so that what is not waited for is still under way
-        scene.standin.fail("*", Code.UNKNOWN, at + 2, effect=effect)  # behind what the mark asks for
+        scene.standin.fail("*", Code.UNKNOWN, at + 4, effect=effect)  # behind what the mark asks for
         with pytest.raises(CudaError, match=rf"^{function} failed.*: CUDA_ERROR_UNKNOWN \(999\): .*doctor --gpu"):
             scene.copy(rig)
         assert scene.standin.stream(lane).pending == 0, f"after {function} failed a copy was still under way"
@@ -156,7 +156,7 @@ def test_an_operation_that_fails_alone_fails_its_copy_alone(scene: Scene) -> Non
     rig.close()
 
 
-@pytest.mark.parametrize("function", ["cuStreamIsCapturing", "cuEventRecord", "cuEventCreate", "cuCtxSetCurrent"])
+@pytest.mark.parametrize("function", ["cuStreamIsCapturing", "cuEventRecord", "cuEventCreate", "cuCtxPushCurrent", "cuCtxPopCurrent"])
 def test_a_mark_that_fails_raises_with_the_copy(standin: Standin, function: str) -> None:
     rig = CudaRig.plain(standin)
     held = [rig.engine.mark() for _ in range(40)]  # the next event has to be created

@@ -253,5 +253,8 @@ def test_every_call_binds_the_context_in_its_own_thread(dma: CudaRig, standin: S
     Running(lambda: dma.engine.load(ids(1), ids(1), marks[1])).result()
     assert Running(dma.engine.mark).result().event is not None
     threads = {call.thread for call in standin.calls("cuCtxSetCurrent")}
-    assert len(threads) == 4
+    assert len(threads) == 3
+    pushed, popped = ([call.thread for call in standin.calls(name)] for name in ("cuCtxPushCurrent", "cuCtxPopCurrent"))
+    assert pushed == popped
+    assert len(set(pushed) - threads) == 1, "a mark leaves its thread as it was"
     assert np.unique([call.code for call in standin.calls("cuCtxSetCurrent")]).tolist() == [0]

@@ -156,8 +156,7 @@ class CudaCopyEngine:
         elif not self._has_stepped:
             return self._usable
         if not self._closed:
-            self._driver.bind()
-            with self._driver.relaxed():
+            with self._driver.pushed(), self._driver.relaxed():
                 self._usable = self._pinned.prepare(populated)
         return self._usable
 
@@ -170,11 +169,11 @@ class CudaCopyEngine:
             with self._marking:
                 if self._closed:
                     return Mark(None, "the copy engine is closed")
-                self._driver.bind()
-                if int(self._driver.call("cuStreamIsCapturing", stream)):
-                    return Mark(None, _CAPTURED)
-                event = self._events.take()
-                self._events.record(event, stream)
+                with self._driver.pushed():
+                    if int(self._driver.call("cuStreamIsCapturing", stream)):
+                        return Mark(None, _CAPTURED)
+                    event = self._events.take()
+                    self._events.record(event, stream)
         except (CudaError, RuntimeError) as error:  # in vLLM's thread nothing is raised: the copy that comes with it will be
             return Mark(None, f"what it was to come after could not be marked: {error}")
         self._has_stepped = True

@@ -92,6 +92,15 @@ class Driver:
             self.call("cuCtxSetCurrent", self._context)
             _bound.driver = self
 
+    @contextmanager
+    def pushed(self) -> Iterator[None]:
+        """In here the context is current; after it what the thread had before. For threads that are not ours. Raises CudaError."""
+        self.call("cuCtxPushCurrent", self._context)
+        try:
+            yield
+        finally:
+            self.call("cuCtxPopCurrent")
+
     def call(self, name: str, *args: Any) -> Any:
         """``cuda.bindings.driver.<name>(*args)``: what it gives besides the return code. Raises CudaError, where that is not 0."""
         return _call(self._api, name, *args)
