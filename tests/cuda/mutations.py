@@ -55,7 +55,7 @@ MUTATIONS = (
     Mutation(
         "a mark records no event",
         "copy/cuda.py",
-        "                self._events.record(event, stream)\n",
+        "                    self._events.record(event, stream)\n",
         "",
         "cuda/test_engine_order.py::test_a_save_reads_what_was_still_to_be_written_when_it_was_marked",
     ),
@@ -265,8 +265,8 @@ MUTATIONS = (
     Mutation(
         "a mark is recorded into a graph",
         "copy/cuda.py",
-        '                if int(self._driver.call("cuStreamIsCapturing", stream)):\n',
-        "                if False:\n",
+        '                    if int(self._driver.call("cuStreamIsCapturing", stream)):\n',
+        "                    if False:\n",
         "cuda/test_engine_capture.py::test_a_mark_in_a_captured_stream_records_nothing",
     ),
     Mutation(
@@ -286,8 +286,8 @@ MUTATIONS = (
     Mutation(
         "registering spoils the captures of other threads",
         "copy/cuda.py",
-        "            with self._driver.relaxed():\n                self._usable",
-        "            if True:\n                self._usable",
+        "with self._driver.pushed(), self._driver.relaxed():\n                self._usable",
+        "with self._driver.pushed():\n                self._usable",
         "cuda/test_engine_capture.py::test_registering_meets_a_capture_of_another_thread",
     ),
     Mutation(
