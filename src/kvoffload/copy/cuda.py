@@ -103,7 +103,7 @@ class CudaCopyEngine:
             self._keep: tuple[object, ...] = (layout.keep, segment.array)  # what the plan's addresses point into
             self._num_blocks, self._num_slots = layout.num_blocks, segment.slots
             self._runs, self._piece_bytes = len(layout.runs), layout.payload_bytes // len(layout.runs)
-            self._table = DispatchTable(settings)
+            self.table = DispatchTable(settings)
             self._slots_seen = np.zeros(self._num_slots, dtype=np.uint8)
             self._blocks_seen = np.zeros(self._num_blocks, dtype=np.uint8)
             self._saving, self._loading = threading.Lock(), threading.Lock()
@@ -125,7 +125,7 @@ class CudaCopyEngine:
             self._give_back = stack.pop_all()
 
     def _load_kernels(self, layout: BlockLayout, plan: NDArray[np.uint64], settings: GpuCopySettings, stack: ExitStack) -> None:
-        wanted = [direction for direction in Direction if self._table.may_choose_kernel(direction, self._piece_bytes)]
+        wanted = [direction for direction in Direction if self.table.may_choose_kernel(direction, self._piece_bytes)]
         if not wanted:
             return
         try:
@@ -226,7 +226,7 @@ class CudaCopyEngine:
         pinned = self._pinned.is_pinned(slots).astype(np.uint8)
         path = Path.DMA
         if self._pinned.device_pointer_is_host_pointer:
-            path = self._table.choose(direction, self._piece_bytes, len(slots) * self._runs)
+            path = self.table.choose(direction, self._piece_bytes, len(slots) * self._runs)
         try:
             self._lanes[direction].copy(path, after.event, blocks, slots, pinned, check)
         except EngineLost:  # whoever let go of it would unmap what the device may still write

@@ -149,7 +149,7 @@ def _gpu_of(engine: CopyEngine, layout: BlockLayout) -> OnGpu | None:
 
     assert isinstance(engine, CudaCopyEngine)
     assert isinstance(engine.gpu.pinned, PinnedSegment)
-    return OnGpu(engine.gpu.driver, engine.gpu.pinned, BoundThreads(cpus_near(engine.gpu.driver.pci_bus_id)), engine._table)
+    return OnGpu(engine.gpu.driver, engine.gpu.pinned, BoundThreads(cpus_near(engine.gpu.driver.pci_bus_id)), engine.table)
 
 
 def _take_what_the_proof_uses(segment: Segment, engine: CopyEngine, gpu: OnGpu) -> None:
