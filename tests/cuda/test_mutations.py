@@ -14,7 +14,8 @@ from tests.cuda.mutations import MUTATIONS, Mutation
 pytestmark = pytest.mark.cuda
 
 TREE = Path(__file__).parents[2]
-OF_THE_GPU = ("cuda/", "copy/cuda.py")
+AT_THE_CORE = ("cuda/sequence.py", "cuda/lane.py", "cuda/batch.py", "cuda/kernels.py", "copy/cuda.py")
+ABOUT_COPIES = ("cuda/test_engine_order.py", "cuda/test_batch.py", "cuda/test_engine_errors.py", "cuda/test_kernels.py", "contracts/")
 SOME_FAILED = 1
 """Of pytest: tests ran, and some failed or broke a rule of the stand-in. Everything else, errors while collecting among it, is no proof."""
 
@@ -33,11 +34,12 @@ def run(source: Path, test: str) -> subprocess.CompletedProcess[str]:
 
 
 def cases() -> list[ParameterSet]:
-    """The GPU's own first; what other engines have as well takes long, and waits for who asks for it."""
-    return [
-        pytest.param(mutation, id=mutation.what.replace(" ", "_"), marks=[] if mutation.file.startswith(OF_THE_GPU) else [pytest.mark.long])
-        for mutation in MUTATIONS
-    ]
+    """What copies wait for, read and check is tried each time; the others take minutes, and wait for who asks for `long` ones."""
+    found = []
+    for mutation in MUTATIONS:
+        is_core = mutation.file.startswith(AT_THE_CORE) and mutation.test.startswith(ABOUT_COPIES)
+        found.append(pytest.param(mutation, id=mutation.what.replace(" ", "_"), marks=[] if is_core else [pytest.mark.long]))
+    return found
 
 
 @pytest.mark.parametrize("mutation", cases())
