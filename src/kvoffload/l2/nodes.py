@@ -21,7 +21,7 @@ INFINISTORE_PORT = 12345
 
 
 def prepare(settings: L2Settings) -> None:
-    """Whatever takes long: imports, and once per machine the compiled loops of InfiniStore's client. Not on a loop.
+    """Whatever takes long: imports, and once per machine compiling the loops that move values. Not on a loop.
 
     Raises UnsupportedError where what is needed is not installed.
     """
@@ -30,6 +30,10 @@ def prepare(settings: L2Settings) -> None:
             import redis.asyncio  # noqa: F401
 
             import kvoffload.l2.redis
+        if settings.backend == "redis":
+            from kvoffload.l2.resp import compiled_reader
+
+            compiled_reader()
         if settings.backend == "infinistore" and settings.transport == "tcp":
             import kvoffload.l2.infinistore_tcp  # noqa: F401
             from kvoffload.l2.infinistore_native import loops

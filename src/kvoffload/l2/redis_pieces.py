@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from kvoffload.l2.lanes import Call
 from kvoffload.l2.node import Item, Outcome
-from kvoffload.l2.resp import ProtocolError, RespSocket, bulk_length, command
+from kvoffload.l2.resp import ProtocolError, RespSocket, bulk_length, command, commands
 
 Address = tuple[str, int]
 Slots = list[tuple[int, int, Address]]
@@ -33,12 +33,20 @@ class _Piece:
         self.prepare()
         self.ask(connection)
         while self.answered < self.count:
-            line = connection.read_line()
-            if line.startswith(b"-"):
-                self.refusal = line[1:]
-            self.take(self.answered, line, connection)
-            self.answered += 1
+            self.take_some(connection)
+            if self.answered < self.count:
+                self.take_line(connection.read_line(), connection)
         self.forget()
+
+    def take_some(self, connection: RespSocket) -> None:
+        """Take down what can be had at once, if it is what it usually is."""
+
+    def take_line(self, line: bytes, connection: RespSocket) -> None:
+        """Take down one answer."""
+        if line.startswith(b"-"):
+            self.refusal = line[1:]
+        self.take(self.answered, line, connection)
+        self.answered += 1
 
     def forget(self) -> None:
         """All is answered: let go of what was asked. Not left to the loop, where it would take as long as to make it."""
@@ -94,7 +102,14 @@ class Read(Transfer):
     """GET, straight into the buffers."""
 
     def ask(self, connection: RespSocket) -> None:
-        connection.send([b"".join(command(b"GET", name) for name in self._names[self.answered :])])
+        connection.send([commands(b"GET", self._names[self.answered :])])
+
+    def take_some(self, connection: RespSocket) -> None:
+        first = self.answered
+        count = connection.read_values(self._buffers[first:])
+        for place in self._places[first : first + count]:
+            self._outcomes[place] = Outcome.DONE
+        self.answered += count
 
     def outcome(self, buffer: memoryview, line: bytes, connection: RespSocket) -> Outcome:
         if line.startswith(b"-"):
@@ -152,7 +167,11 @@ class Find(_Piece):
         self._asked, self._names = (), []
 
     def ask(self, connection: RespSocket) -> None:
-        connection.send([b"".join(command(b"EXISTS", name) for name in self._names[self.answered :])])
+        connection.send([commands(b"EXISTS", self._names[self.answered :])])
+
+    def take_some(self, connection: RespSocket) -> None:
+        for line in connection.read_lines(self.count - self.answered):
+            self.take_line(line, connection)
 
     def take(self, index: int, line: bytes, connection: RespSocket) -> None:
         if line.startswith(b":"):

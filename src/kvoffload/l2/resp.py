@@ -1,17 +1,24 @@
 """RESP2 over a blocking socket, of which values go straight from and into the caller's memory.
 
 redis-py connects (URL, TLS, password, database); it does not move the values, since its clients take a lock acquisition per
-64 KiB of a value and copy it three times. Here a value costs two system calls to read, and a batch of writes one.
+64 KiB of a value and copy it three times. Here a value costs two system calls to read, without the interpreter lock for as long as
+values are as expected (`kvoffload.l2.resp_native`), and a batch of writes one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import os
 import socket
 import ssl
+from array import array
 from collections.abc import Callable, Sequence
+from ctypes import addressof, c_char
 
-from kvoffload.errors import PeerError
+from kvoffload.errors import PeerError, UnsupportedError
+from kvoffload.l2 import resp_native as native
+from kvoffload.observe.logs import get_logger
 
 CRLF = b"\r\n"
 _SCRATCH_BYTES = 4096  # replies' first lines, and as much of a value as arrives together with its own
@@ -31,8 +38,13 @@ class RespSocket:
         self._socket = sock
         self.close = close
         self._is_tls = isinstance(sock, ssl.SSLSocket)
-        self._scratch = memoryview(bytearray(_SCRATCH_BYTES))
+        self._memory = bytearray(_SCRATCH_BYTES)
+        self._scratch = memoryview(self._memory)
+        self._scratch_address = addressof(c_char.from_buffer(self._memory))
+        self._control = array("q", bytes(8 * native.CONTROL_WORDS))
         self._start = self._end = 0
+        self._trouble: Exception | None = None
+        self._read_native = None if self._is_tls else compiled_reader()
 
     @property
     def is_clean(self) -> bool:
@@ -51,13 +63,53 @@ class RespSocket:
 
     def read_line(self) -> bytes:
         """A reply's first line, without its CRLF."""
-        while True:
-            end = bytes(self._scratch[self._start : self._end]).find(CRLF)
-            if end >= 0:
-                line = bytes(self._scratch[self._start : self._start + end])
-                self._start += end + 2
-                return line
+        while (end := self._memory.find(CRLF, self._start, self._end)) < 0:
             self._fill()
+        line = bytes(self._scratch[self._start : end])
+        self._start = end + 2
+        return line
+
+    def read_lines(self, most: int) -> list[bytes]:
+        """As many lines as have come, one at least and ``most`` at most."""
+        lines = [self.read_line()]
+        ready = self._memory.count(CRLF, self._start, self._end)
+        if 0 < ready < most:
+            end = self._memory.rindex(CRLF, self._start, self._end)
+            lines += bytes(self._scratch[self._start : end]).split(CRLF)
+            self._start = end + 2
+        else:
+            lines += [self.read_line() for _ in range(min(ready, most - 1))]
+        return lines
+
+    def read_values(self, buffers: Sequence[memoryview]) -> int:
+        """Fill these with the values of the next answers, as far as those are values of just their lengths; how many were.
+
+        Where it is fewer, the answer behind them is another one, or the next read raises what is the matter. 0 over TLS, and where numba
+        cannot compile: `read_line` and `read_value` do it then.
+        """
+        if self._read_native is None or not buffers:
+            return 0
+        plan = array("q")
+        for buffer in buffers:
+            plan.append(addressof(c_char.from_buffer(buffer)))
+            plan.append(len(buffer))
+        control = self._control
+        control[native.START], control[native.END], control[native.ITEM] = self._start, self._end, 0
+        status = self._read_native(
+            self._socket.fileno(),
+            len(buffers),
+            plan.buffer_info()[0],
+            self._scratch_address,
+            _SCRATCH_BYTES,
+            control.buffer_info()[0],
+        )
+        self._start, self._end = control[native.START], control[native.END]
+        if status == native.CLOSED:
+            number = control[native.ERRNO]
+            self._trouble = OSError(number, os.strerror(number)) if number else ConnectionResetError("the node closed the connection")
+        elif status == native.NONSENSE:
+            self._trouble = ProtocolError("a value is not followed by CRLF")
+        return control[native.ITEM]
 
     def read_value(self, buffer: memoryview) -> None:
         """The bytes of a bulk string as long as ``buffer``, and the CRLF behind it."""
@@ -92,6 +144,8 @@ class RespSocket:
 
     def _fill(self) -> None:
         """Receive something more into the scratch."""
+        if self._trouble is not None:
+            raise self._trouble
         if self._start:
             self._scratch[: self._end - self._start] = bytes(self._scratch[self._start : self._end])
             self._start, self._end = 0, self._end - self._start
@@ -112,20 +166,36 @@ class RespSocket:
             left = _after(left, count)
 
 
+@functools.cache
+def compiled_reader() -> Callable[..., int] | None:
+    """`kvoffload.l2.resp_native.read_values`, or None where numba cannot compile. The first call takes a while."""
+    try:
+        return native.read_values()
+    except UnsupportedError as error:
+        get_logger("l2").warning("values are read with the interpreter lock, which is slower", reason=str(error))
+        return None
+
+
 def command(*words: bytes) -> bytes:
     """A request."""
     return b"*%d\r\n" % len(words) + b"".join(b"$%d\r\n%b\r\n" % (len(word), word) for word in words)
 
 
+def commands(word: bytes, names: Sequence[bytes]) -> bytes:
+    """`command` of ``word`` and each of these, one after another."""
+    if len(set(map(len, names))) > 1:
+        return b"".join([command(word, name) for name in names])
+    between = b"\r\n*2\r\n$%d\r\n%b\r\n$%d\r\n" % (len(word), word, len(names[0]) if names else 0)
+    return between[2:] + between.join(names) + CRLF if names else b""
+
+
 def bulk_length(line: bytes) -> int | None:
     """The length of the bulk string that ``line`` announces; None for a nil. Raises `ProtocolError` where it announces none."""
-    try:
-        length = int(line[1:]) if line[:1] == b"$" else -2
-    except ValueError:
-        length = -2
-    if length < -1:
+    if line == b"$-1":
+        return None
+    if line[:1] != b"$" or not line[1:].isdigit():
         raise ProtocolError(f"not what was asked for: {line[:80]!r}")
-    return None if length == -1 else length
+    return int(line[1:])
 
 
 def _after(parts: list[bytes | memoryview], count: int) -> list[bytes | memoryview]:
