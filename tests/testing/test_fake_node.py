@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import anyio
@@ -47,23 +46,6 @@ async def test_it_is_a_node() -> None:
     assert await node.read(read, soon()) == [DONE] * 3
     assert texts(read) == texts(items())
     assert await node.find(["a", "x"], soon()) == [True, False]
-
-
-async def test_in_a_thread_it_does_the_same() -> None:
-    node = FakeNode("n", in_thread=True)
-    assert await node.write(items(), time.monotonic() + 5) == [DONE] * 3
-    node.fail_name("read", "b", NodeFault.ABSENT)
-    read = blank()
-    assert await node.read(read, time.monotonic() + 5) == [DONE, ABSENT, DONE]
-    assert texts(read)[::2] == texts(items())[::2]
-    assert await node.find(["a", "x"], time.monotonic() + 5) == [True, False]
-    node.fail_next("read", NodeFault.UNSETTLED)
-    assert await node.read(read, time.monotonic() + 5) == [Outcome.UNSETTLED, ABSENT, Outcome.UNSETTLED]
-    assert node.unsettled == 2
-    node.store.kill()
-    assert await node.read(read, time.monotonic() + 5) == [FAILED] * 3
-    with pytest.raises(MisuseError, match="bytes_per_s"):
-        FakeNode("n", in_thread=True, bytes_per_s=1.0)
 
 
 async def test_latency_and_bandwidth_are_the_clock_s() -> None:

@@ -8,17 +8,13 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from functools import partial
-from typing import Literal, TypeVar
+from typing import Literal
 
 import anyio
-import anyio.to_thread
 from anyio.lowlevel import checkpoint
 
 from kvoffload.errors import MisuseError
 from kvoffload.l2.node import Item, NodeUnreachable, Outcome
-
-T = TypeVar("T")
 
 Kind = Literal["find", "read", "write", "ping"]
 KINDS: tuple[Kind, ...] = ("find", "read", "write", "ping")
@@ -118,9 +114,7 @@ class FakeNode:
     """An `L2Node` on anyio alone, for asyncio and trio. All handles are for the loop's thread.
 
     A call takes ``latency_s`` (a number, or drawn evenly between two by ``seed``), and then its values one after another at
-    ``bytes_per_s``. ``clock`` is that of the deadlines: in virtual time pass `anyio.current_time`. With ``in_thread`` values are
-    looked up and moved in a thread, as by nodes that are there, so that a loop's time can be measured beside it: at no
-    ``bytes_per_s``, and what was asked for is not kept in `calls`.
+    ``bytes_per_s``. ``clock`` is that of the deadlines: in virtual time pass `anyio.current_time`.
     """
 
     def __init__(
@@ -133,12 +127,8 @@ class FakeNode:
         settle_s: float | None = None,
         seed: int = 0,
         clock: Callable[[], float] = time.monotonic,
-        in_thread: bool = False,
     ) -> None:
-        if in_thread and bytes_per_s is not None:
-            raise MisuseError("a fake node that moves values in a thread does so as fast as it can: leave bytes_per_s out")
         self._name = name
-        self._in_thread = in_thread
         self.store = FakeStore() if store is None else store
         self.latency_s = latency_s
         self.bytes_per_s = bytes_per_s
@@ -223,7 +213,8 @@ class FakeNode:
                 await self._begin("find", fault)
             except _Lost:
                 return None
-            answer = await self._perform(partial(self._find_all, names, fault))
+            absent = NodeFault.ABSENT
+            answer = [name in self.store.values and self._fault_of("find", name, fault) is not absent for name in names]
         return None if fault is NodeFault.ERROR else answer
 
     async def read(self, items: Sequence[Item], deadline: float) -> list[Outcome]:
@@ -262,18 +253,12 @@ class FakeNode:
     # ------------------------------------------------------------ inside
 
     def _enter(self, kind: Kind, names: Iterable[str], deadline: float) -> NodeFault:
-        self.calls.append(NodeCall(kind, () if self._in_thread else tuple(names), deadline))
+        self.calls.append(NodeCall(kind, tuple(names), deadline))
         return self._next[kind].popleft() if self._next[kind] else self._always[kind]
 
     def _fault_of(self, kind: Kind, name: str, fault: NodeFault) -> NodeFault:
         own = self._of_name.get((kind, name), NodeFault.NONE)
         return fault if own is NodeFault.NONE else own
-
-    async def _perform(self, work: Callable[[], T]) -> T:
-        return await anyio.to_thread.run_sync(work) if self._in_thread else work()
-
-    def _find_all(self, names: Sequence[str], fault: NodeFault) -> list[bool]:
-        return [name in self.store.values and self._fault_of("find", name, fault) is not NodeFault.ABSENT for name in names]
 
     async def _begin(self, kind: Kind, fault: NodeFault) -> int:
         """All that comes before the first byte; returns the store's epoch. Raises _Lost, InjectedNodeCrash."""
@@ -324,9 +309,7 @@ class FakeNode:
             with anyio.move_on_after(deadline - self._clock()):
                 try:
                     epoch = await self._begin(kind, fault)
-                    if self._in_thread:
-                        outcomes = await self._perform(lambda: [one(item, self._fault_of(kind, item.name, fault)) for item in items])
-                    for item in items if not self._in_thread else ():
+                    for item in items:
                         if self.bytes_per_s is not None:
                             await self._pass(item.buffer.nbytes / self.bytes_per_s, epoch)
                         outcomes.append(one(item, self._fault_of(kind, item.name, fault)))
