@@ -78,7 +78,7 @@ class _Hash(Protocol):
 
 
 class Envelope:
-    """Seals and verifies the blocks of one namespace, all of ``payload_bytes``. Thread-safe; all state is fixed here.
+    """Seals and verifies the blocks of one namespace, all of ``payload_bytes``. Thread-safe.
 
     Without a ``secret`` the tag is XXH3-128: it finds accidents (truncated, mixed up, flipped bits), and nothing that somebody
     intends. With one it is BLAKE2b-128, keyed by the secret and the namespace. A value sealed the other way is a miss.
@@ -108,6 +108,8 @@ class Envelope:
         """Bytes of a value: what goes over the wire."""
         self._namespace = namespace[:NAMESPACE_BYTES]
         self._flags = 0 if secret is None else KEYED
+        self._before_key: dict[int, bytes] = {}
+        """By rank, what a header has before its key."""
         self._new_hash: Callable[[], _Hash] = _keyed(secret, namespace).copy if secret is not None else xxhash.xxh3_128
 
     @property
@@ -120,38 +122,43 @@ class Envelope:
         if len(slot) < self.value_bytes:
             raise MisuseError(f"a slot of {len(slot)} bytes holds no value of {self.value_bytes}: header and payload")
         head = self._head(key, rank)
-        slot[:HEADER_BYTES] = np.frombuffer(head + self._tag(head, slot), np.uint8)
+        slot[:HEADER_BYTES] = np.frombuffer(head + self._tag(head, slot.data), np.uint8)
 
     def verify(self, slot: NDArray[np.uint8], key: BlockKey, rank: int = 0) -> Fault | None:
         """What is wrong with ``slot`` as the block ``key``, part ``rank``; None: it is that one. Changes nothing."""
         if len(slot) < self.value_bytes:
             return Fault.LENGTH
-        header = slot[:HEADER_BYTES].tobytes()
+        value = slot.data
+        header = bytes(value[:HEADER_BYTES])
         head = self._head(key, rank)
-        if header[:_TAG_AT] != head:
-            return self._difference(header[:_TAG_AT], key, rank)
-        return None if compare_digest(header[_TAG_AT:], self._tag(head, slot)) else Fault.TAG
+        if compare_digest(header, head + self._tag(head, value)):
+            return None
+        return Fault.TAG if header[:_TAG_AT] == head else self._difference(header[:_TAG_AT], key, rank)
 
     def seal_all(self, parts: Sequence[Part]) -> None:
         """`seal` each. For a worker thread: the interpreter lock is free while a payload of more than 64 KiB is hashed."""
-        for part in parts:
-            self.seal(part.slot, part.key, part.rank)
+        for slot, key, rank in parts:
+            self.seal(slot, key, rank)
 
     def verify_all(self, parts: Sequence[Part]) -> list[Fault | None]:
         """`verify` each. For a worker thread, as `seal_all`."""
-        return [self.verify(part.slot, part.key, part.rank) for part in parts]
+        return [self.verify(slot, key, rank) for slot, key, rank in parts]
 
     def _head(self, key: BlockKey, rank: int) -> bytes:
         """The header before its tag."""
-        if len(key) != KEY_BYTES or not 0 <= rank < MOST_RANKS:
-            raise MisuseError(f"key {key.hex()} must have {KEY_BYTES} bytes, and rank {rank} be from 0 to {MOST_RANKS - 1}")
-        return _HEAD.pack(MAGIC, VERSION, self._flags, rank, self.payload_bytes, self._namespace, key)
+        before = self._before_key.get(rank)
+        if before is None or len(key) != KEY_BYTES:
+            if len(key) != KEY_BYTES or not 0 <= rank < MOST_RANKS:
+                raise MisuseError(f"key {key.hex()} must have {KEY_BYTES} bytes, and rank {rank} be from 0 to {MOST_RANKS - 1}")
+            before = _HEAD.pack(MAGIC, VERSION, self._flags, rank, self.payload_bytes, self._namespace, key)[:-KEY_BYTES]
+            self._before_key[rank] = before
+        return before + key
 
-    def _tag(self, head: bytes, slot: NDArray[np.uint8]) -> bytes:
+    def _tag(self, head: bytes, value: memoryview) -> bytes:
         tag = self._new_hash()
         tag.update(head)
         # update, not a function of one call: xxhash before 4.1 holds the interpreter lock in those.
-        tag.update(slot[HEADER_BYTES : self.value_bytes].data)
+        tag.update(value[HEADER_BYTES : self.value_bytes])
         return tag.digest()
 
     def _difference(self, head: bytes, key: BlockKey, rank: int) -> Fault:
