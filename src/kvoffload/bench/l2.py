@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Iterator
 
-from kvoffload.bench import l2_busy, l2_engine, l2_envelope, l2_loop, l2_transfers
+from kvoffload.bench import l2_busy, l2_engine, l2_envelope, l2_far, l2_loop, l2_transfers
 from kvoffload.bench.figures import Figure, not_measured
 from kvoffload.bench.l2_rivals import InfiniStore
 
@@ -20,6 +20,7 @@ def run(quick: bool = False, infinistore: InfiniStore | None = None) -> Iterator
     """All figures. ``infinistore``: a server that nobody needs; the native client does not cut values, and may freeze it with 4 MiB."""
     yield from l2_envelope.measure(quick=quick)
     yield from l2_loop.run(infinistore, quick=quick)
+    yield l2_far.run(quick=quick)
     if infinistore is not None:
         yield from asyncio.run(l2_busy.measure(infinistore, quick=quick))
         yield from asyncio.run(l2_transfers.measure(infinistore, quick=quick))  # the native client's largest values may freeze the server

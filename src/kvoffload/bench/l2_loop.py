@@ -1,4 +1,4 @@
-"""What the second tier costs the hub's loop, and how long a match takes: part of ``kvoffload bench l2``.
+"""What the second tier costs the hub's loop: part of ``kvoffload bench l2``.
 
 One hub writes prompts, another, whose L1 is empty, matches them.
 """
@@ -9,15 +9,13 @@ import asyncio
 import gc
 import secrets
 import statistics
-import time
-from collections.abc import Callable, Coroutine, Sequence
-from contextlib import AsyncExitStack, ExitStack, closing
+from collections.abc import Coroutine, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
 from kvoffload.bench.figures import Figure, not_measured
-from kvoffload.bench.l2_far import FarAway
-from kvoffload.bench.l2_hub import DEADLINE_S, SLOT_BYTES, Engine, TimedLoop
+from kvoffload.bench.l2_hub import Engine, TimedLoop
 from kvoffload.bench.l2_rivals import InfiniStore, PlainClient
 from kvoffload.config import Config, L2Settings
 from kvoffload.errors import PeerError, UnsupportedError
@@ -30,23 +28,20 @@ from kvoffload.runtime.l2 import MakeNode
 from kvoffload.testing.valkey import ValkeyServer
 
 BLOCKS = 250
-CPU_TARGET_US, SLICE_TARGET_MS, MATCH_TARGET_MS = 5.0, 2.0, 2.0
-LATENCY_S = 0.010
-"""A round trip to a server that is far away."""
+CPU_TARGET_US, SLICE_TARGET_MS = 5.0, 2.0
 
 
 @dataclass(frozen=True, slots=True)
 class Times:
-    """Of matches of `BLOCKS` blocks: seconds, processor seconds of the loop, its slices; and a round trip before each."""
+    """Of matches of `BLOCKS` blocks: seconds, processor seconds of the loop, its slices."""
 
     walls: list[float]
     cpus: list[float]
     slices: list[float]
-    round_trips: list[float]
 
 
 def run(infinistore: InfiniStore | None, *, quick: bool) -> list[Figure]:
-    """On Valkey, on InfiniStore where there is one, and on three Valkey servers that are far away."""
+    """On Valkey, and on InfiniStore where there is one."""
     rounds = 3 if quick else 25
     figures = []
     try:
@@ -60,13 +55,6 @@ def run(infinistore: InfiniStore | None, *, quick: bool) -> list[Figure]:
             figures += _cost("InfiniStore", _run(_on_infinistore(infinistore, min(rounds, 5))))
         except (PeerError, OSError) as error:
             figures += _no_cost("InfiniStore", error)
-    try:
-        with ExitStack() as stack:
-            servers = [stack.enter_context(ValkeyServer()) for _ in range(3)]
-            far = stack.enter_context(FarAway([server.port for server in servers], LATENCY_S))
-            figures.append(_match(_run(_on_three([server.url for server in servers], far.urls, rounds))))
-    except (UnsupportedError, PeerError) as error:
-        figures.append(not_measured(_MATCH, f"<= {MATCH_TARGET_MS:g}", str(error)))
     return figures
 
 
@@ -87,38 +75,28 @@ async def _measure(
     backend: str,
     rounds: int,
     make: MakeNode = make_node,
-    between: Callable[[], L2Node | None] = lambda: None,
 ) -> Times:
-    """Write prompts, then match them: every second one for its time, the others for the slices that they take.
-
-    ``between`` is called before the matches, and may give a node whose round trips are taken.
-    """
+    """Write prompts, then match them: every second one for its time, the others for the slices that they take."""
     loop = asyncio.get_running_loop()
     assert isinstance(loop, TimedLoop)
     extra = {"l2": {"backend": backend, "nodes": list(nodes), "min_tokens": 0, "load_or_compute": False}}
-    config, prompts = Config.load(extra, {}), [_chain() for _ in range(2 * rounds + 2)]
+    config, prompts = Config.load(extra, {}), [chain() for _ in range(2 * rounds + 2)]
     slots = (len(prompts) + 4) * BLOCKS
-    times, slices = Times([], [], [], []), list[float]()
+    times, slices = Times([], [], []), list[float]()
     async with Engine(config, slots, make).running() as writer:
         loop.slices = slices
         for prompt in prompts:
             await writer.save(prompt)
             await writer.written()
         await _stop_slices(loop)
-    pinged = between()
-    async with AsyncExitStack() as stack:
-        if pinged is not None:
-            stack.push_async_callback(pinged.close)
-        reader = await stack.enter_async_context(Engine(config, slots, make).running())
+    async with Engine(config, slots, make).running() as reader:
         for number, prompt in enumerate(prompts):
-            round_trip = await pinged.ping(time.monotonic() + DEADLINE_S) if pinged is not None else 0.0
             loop.slices = slices if number % 2 else None
             wall, cpu = await reader.match(prompt)
             await _stop_slices(loop)
             if number > 1 and number % 2 == 0:  # the first ones connect
                 times.walls.append(wall)
                 times.cpus.append(cpu)
-                times.round_trips.append(round_trip)
     times.slices.extend(slices)
     return times
 
@@ -129,7 +107,7 @@ async def _stop_slices(loop: TimedLoop) -> None:
     await asyncio.sleep(0)
 
 
-def _chain() -> tuple[BlockKey, ...]:
+def chain() -> tuple[BlockKey, ...]:
     return tuple(secrets.token_bytes(24) for _ in range(BLOCKS))
 
 
@@ -156,21 +134,6 @@ async def _on_infinistore(server: InfiniStore, rounds: int) -> Times:
             return await _measure([server.address], "infinistore", rounds, make)
         finally:
             await plain.forget(written)
-
-
-async def _on_three(near: Sequence[str], far: Sequence[str], rounds: int) -> Times:
-    """Servers that are next door while they are written to, and far away afterwards."""
-    names = [f"10.0.0.{number}:6379" for number in (1, 2, 3)]
-    urls = dict(zip(names, near, strict=True))
-
-    def make(address: NodeAddress, settings: L2Settings, value_bytes: int) -> L2Node:
-        return make_node(NodeAddress(address.name, urls[address.name]), settings, value_bytes)
-
-    def between() -> L2Node:
-        urls.update(zip(names, far, strict=True))
-        return make_node(NodeAddress("ping", far[0]), L2Settings(connections=1), SLOT_BYTES)
-
-    return await _measure(names, "redis", rounds, make, between)
 
 
 # ---------------------------------------------------------------- figures
@@ -203,20 +166,6 @@ def _cost(backend: str, times: Times) -> list[Figure]:
 _COST, _SLICE = "l2: the loop's time for a fetch, {}", "l2: the loop's longest slice, {}"
 
 
-_MATCH = "l2: a match beyond two round trips"
-
-
 def _no_cost(backend: str, error: Exception) -> list[Figure]:
     targets = ((_COST, f"<= {CPU_TARGET_US:g}"), (_SLICE, f"<= {SLICE_TARGET_MS:g}"))
     return [not_measured(name.format(backend), target, str(error)) for name, target in targets]
-
-
-def _match(times: Times) -> Figure:
-    beyond = [wall - 2 * trip for wall, trip in zip(times.walls, times.round_trips, strict=True)]
-    value = statistics.median(beyond) * 1e3
-    detail = (
-        f"{BLOCKS} blocks on three Valkey servers {LATENCY_S * 1e3:.0f} ms away, found and fetched; "
-        f"{statistics.median(times.walls) * 1e3:.1f} ms, of which two round trips "
-        f"{2 * statistics.median(times.round_trips) * 1e3:.1f}; median of {len(beyond)}, worst {max(beyond) * 1e3:.1f}"
-    )
-    return Figure(_MATCH, value, "ms", f"<= {MATCH_TARGET_MS:g}", value <= MATCH_TARGET_MS, detail)
