@@ -96,6 +96,15 @@ def test_a_run_is_what_a_list_would_give(segments: list[Segment], ranks: int, is
             assert len(run) == len(expected[1:][start:stop])
             assert [(name, np.frombuffer(buffer, np.uint8).ctypes.data) for name, buffer in run] == expected[1:][start:stop]
             assert list(names[1:][start:stop]) == [name for name, _ in expected[1:][start:stop]]
+    for step in (2, 3, -1, -2):
+        for at in (slice(None, None, step), slice(1, None, step), slice(None, -1, step), slice(6, 1, step), slice(0, 0, step)):
+            values, names = Values(slots, "here", [2, 0, 3, 1], KEYS, is_writable=True), Names("here", KEYS, ranks)
+            if is_made:
+                list(values), list(names)
+            some, wanted = values[at][::2], expected[at][::2]
+            assert len(some) == len(wanted)
+            assert [(name, np.frombuffer(buffer, np.uint8).ctypes.data) for name, buffer in some] == wanted
+            assert list(names[at][::2]) == [name for name, _ in wanted]
     values = Values(slots, "here", [2, 0, 3, 1], KEYS, is_writable=True)
     assert [values[index].name for index in (-1, 0)] == [expected[-1][0], expected[0][0]]
     assert [item.name for item in values[::2]] == [name for name, _ in expected[::2]]
@@ -119,7 +128,7 @@ def test_values_are_made_by_who_looks_at_them(segments: list[Segment]) -> None:
     watched = _Watched(segments[0])
     values = Values(SlotBuffers([watched], 1000), "here", [0, 1, 2, 3], KEYS, is_writable=True)
     assert len(watched.seen) <= 2, "only the first and the last are looked at where they were asked for"
-    run = values[:2]
+    run = values[::2]
     assert len(run) == 2
     assert len(watched.seen) <= 2
     del watched.seen[:]

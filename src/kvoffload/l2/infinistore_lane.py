@@ -18,7 +18,6 @@ log = get_logger("l2")
 
 LINGER_S = 60.0
 _FINISH_ROUND_NS = 1_000_000_000
-_NS = 1_000_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +83,17 @@ class Lane:
         """From the loop, when idle."""
         self._transfers.put(transfer)
 
+    def take_over(self, transfer: Transfer, status: int) -> None:
+        """From the loop: go on with what its thread began over this connection; ``status`` is the last that came of it."""
+        transfer.leave(status)
+        self._transfers.put(transfer)
+
+    @property
+    def fd(self) -> int:
+        """Of its connection. From the loop, when it is idle and has one: it stays open for as long as nothing is given to it."""
+        assert self._socket is not None
+        return self._socket.fileno()
+
     def end(self) -> None:
         """From the loop: after what it is at. An answer that has not come by `LINGER_S` from now is not waited for any longer."""
         self._give_up_at = time.monotonic() + LINGER_S
@@ -116,7 +126,7 @@ class Lane:
 
     def _attempt(self, transfer: Transfer) -> int:
         """Over the connection that there is, or a new one; if that there is has gone stale meanwhile, over a new one."""
-        is_claimed, status = False, wired.CLOSED
+        is_claimed, status = transfer.was_left, wired.CLOSED
         for is_last in (self._socket is None, True):
             if self._socket is None:
                 try:
@@ -129,8 +139,7 @@ class Lane:
             is_claimed = is_claimed or transfer.claim()
             if not is_claimed:
                 return wired.OK
-            left_s = transfer.deadline - self._clock()
-            status = transfer.run(self._socket.fileno(), time.monotonic_ns() + int(left_s * _NS))
+            status = transfer.run(self._socket.fileno(), transfer.deadline - self._clock())
             if status != wired.STALE:
                 break
             self._drop()

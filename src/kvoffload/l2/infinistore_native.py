@@ -1,7 +1,8 @@
 """The transfers of one connection, compiled by numba: many values are moved while the interpreter lock is let go once.
 
 An engine in the same process may hold the lock for 5 ms at a time. A transfer in Python takes it after every call of the system,
-some ten times a value; these loops take it once a batch.
+some ten times a value; these loops take it once a batch. Where they may not wait they keep it: it is gone for microseconds that way,
+and let go it might be another's for those 5 ms.
 
 What each is made of, and how it is interrupted: `infinistore_socket`.
 """
@@ -31,6 +32,7 @@ from kvoffload.l2.infinistore_socket import (
     MISSING,
     MORE,
     NONSENSE,
+    NOWAIT,
     OFFSET,
     OK,
     OTHER_SIZE,
@@ -38,6 +40,7 @@ from kvoffload.l2.infinistore_socket import (
     REFUSED,
     REPLY,
     STEP,
+    TOO_LONG,
     at,
     get,
     has_time,
@@ -156,6 +159,8 @@ def _read(fd: int, plan: Any, arena: Any, cells: Any, cells_address: int, scratc
         if status == OK and is_sound and end < value_bytes:
             _name_part(arena, plan[item, NONCE], cells, item, control[STEP])
             control[STEP] += 1
+            if control[NOWAIT] != 0 and cells[item, 4] < value_bytes:
+                return TOO_LONG
             continue
         if status == MISSING:
             outcomes[item] = _NOT_THERE if control[STEP] == 0 else DANGLING
@@ -252,6 +257,9 @@ class Loops:
     ask: Callable[..., int]
     read: Callable[..., int]
     write: Callable[..., int]
+    ask_at_once: Callable[..., int]
+    read_at_once: Callable[..., int]
+    """These two keep the interpreter lock: for transfers with `NOWAIT` alone."""
 
 
 @cache
@@ -259,8 +267,16 @@ def loops() -> Loops:
     """Compile now (some seconds; milliseconds when an earlier process left it in numba's cache). Raises UnsupportedError."""
     if numba.config.DISABLE_JIT:
         raise UnsupportedError("NUMBA_DISABLE_JIT is set: transfers would be interpreted code")
-    ask, read, write = _entries(_digest())
-    return Loops(ask=_compile(ask, _ASK), read=_compile(read, _READ), write=_compile(write, _WRITE))
+    digest = _digest()
+    ask, read, write = _entries(digest, 0)
+    ask_at_once, read_at_once, _ = _entries(digest, 1)
+    return Loops(
+        ask=_compile(ask, _ASK),
+        read=_compile(read, _READ),
+        write=_compile(write, _WRITE),
+        ask_at_once=_compile(ask_at_once, _ASK, keeps_lock=True),
+        read_at_once=_compile(read_at_once, _READ, keeps_lock=True),
+    )
 
 
 def _digest() -> int:
@@ -274,32 +290,33 @@ def _digest() -> int:
     return digest
 
 
-def _entries(digest: int) -> tuple[Callable[..., Any], ...]:
-    """The loops as functions whose closure holds ``digest``. numba's cache looks at the file, the code and the closure of the function that
-    it compiles, and at nothing that this one calls: without it a change elsewhere would go unnoticed."""
+def _entries(digest: int, lock: int) -> tuple[Callable[..., Any], ...]:
+    """The loops as functions whose closure holds ``digest`` and ``lock``. numba's cache looks at the file, the code and the closure of the
+    function that it compiles: not at what this one calls, so that a change elsewhere would go unnoticed, nor at what becomes of the lock.
+    """
 
     def ask(fd: int, requests: int, requests_bytes: int, answers: int, answers_bytes: int, control: int) -> Any:
-        digest  # noqa: B018
+        digest, lock  # noqa: B018
         return _ask(fd, requests, requests_bytes, answers, answers_bytes, words(control, 1, CONTROL_WORDS)[0])
 
     def read(fd: int, count: int, plan: int, arena: int, arena_bytes: int, cells: int, scratch: int, outcomes: int, control: int) -> Any:
-        digest  # noqa: B018
+        digest, lock  # noqa: B018
         table, pointers, state = words(plan, count, PLAN_COLUMNS), words(cells, count, _POINTER_WORDS), words(control, 1, CONTROL_WORDS)[0]
         return _read(fd, table, octets(arena, arena_bytes), pointers, cells, scratch, octets(outcomes, count), state)
 
     def write(fd: int, count: int, plan: int, outcomes: int, control: int) -> Any:
-        digest  # noqa: B018
+        digest, lock  # noqa: B018
         return _write(fd, words(plan, count, PLAN_COLUMNS), octets(outcomes, count), words(control, 1, CONTROL_WORDS)[0])
 
     return ask, read, write
 
 
-def _compile(function: Callable[..., Any], signature: Any, *, cached: bool = True) -> Callable[..., int]:
+def _compile(function: Callable[..., Any], signature: Any, *, keeps_lock: bool = False, cached: bool = True) -> Callable[..., int]:
     try:
-        compiled: Callable[..., int] = numba.njit(signature, nogil=True, cache=cached)(function)
+        compiled: Callable[..., int] = numba.njit(signature, nogil=not keeps_lock, cache=cached)(function)
     except Exception as error:
         if not cached:
             raise UnsupportedError(f"numba cannot compile the transfers of InfiniStore: {error}") from error
         get_logger("l2").info("compiling without numba's cache", reason=str(error))
-        return _compile(function, signature, cached=False)
+        return _compile(function, signature, keeps_lock=keeps_lock, cached=False)
     return compiled

@@ -2,8 +2,10 @@
 
 Every one is interruptible and goes on where it was: ``control`` says what has been sent and received. It returns `EXPIRED` at its
 deadline, or within `SLICE_NS` of ``control[STOP]`` being set by another thread; called again with a later deadline it finishes the
-exchange that it was in. That matters because **a connection may not be closed while an answer is outstanding**: the server
-closes twice when it finds a reader gone (``on_read`` and the cancelled ``on_chunk_write`` of its infinistore.cpp), and dies of it.
+exchange that it was in. With ``control[NOWAIT]`` no call of the system blocks: it returns `AWAITS_BYTES` or `AWAITS_ROOM` instead, and
+`TOO_LONG` rather than move much; the next call, with or without it, goes on from there. That every exchange is finished matters because
+**a connection may not be closed while an answer is outstanding**: the server closes twice when it finds a reader gone (``on_read`` and
+the cancelled ``on_chunk_write`` of its infinistore.cpp), and dies of it.
 """
 
 from __future__ import annotations
@@ -21,15 +23,18 @@ from numba.extending import intrinsic, register_jitable
 import kvoffload.copy.native  # noqa: F401 - makes llvmlite bearable to vLLM
 from kvoffload.l2.infinistore_wire import Code
 
-OK, MISSING, OTHER_SIZE, REFUSED, EXPIRED, STALE, CLOSED, NONSENSE = range(8)
+OK, MISSING, OTHER_SIZE, REFUSED, EXPIRED, STALE, CLOSED, NONSENSE, AWAITS_BYTES, AWAITS_ROOM, TOO_LONG = range(11)
 """What a loop answers. All values were dealt with; (of one value: not there, of another size, no room;) out of time; closed before
-anything was asked; closed; an answer that makes no sense."""
+anything was asked; closed; an answer that makes no sense; (with `NOWAIT`: nothing has come; nothing can be sent; more is coming than
+who may not wait should move)."""
+UNDER_WAY = (AWAITS_BYTES, AWAITS_ROOM, TOO_LONG)
+"""Whoever calls again goes on from there; of the others the reason would be lost."""
 
 STOP, DEADLINE_NS, SLICE_NOW, SLICE_MOST, ITEM, STEP, PHASE, OFFSET, REPLY, ERRNO, DISCARD, ONE, ASKED, HERE = range(14)
-TIMEVAL, TIMESPEC = 14, 16
+TIMEVAL, TIMESPEC, NOWAIT = 14, 16, 18
 """Words of ``control``: times are those of CLOCK_MONOTONIC; `ITEM`, `STEP`: where a loop is; `PHASE`, `OFFSET`: where an exchange is;
-`DISCARD`: what is received goes nowhere, and only to the end of the exchange; `HERE`: its own address."""
-CONTROL_WORDS = 18
+`DISCARD`: what is received goes nowhere, and only to the end of the exchange; `HERE`: its own address; `NOWAIT`: 0 or `DONTWAIT`."""
+CONTROL_WORDS = 19
 
 SLICE_NS = 20_000_000
 """The longest that a call of the system blocks: how late a stop is heard."""
@@ -87,13 +92,15 @@ def at(control: Any, word: int) -> Any:
 
 @register_jitable
 def has_time(fd: int, control: Any) -> Any:
-    """Let the socket block until the deadline, or as long as a stop may go unheard. False when there is no time left."""
+    """Let the socket block, if it may, until the deadline or as long as a stop may go unheard. False when there is no time left."""
     if control[STOP] != 0:
         return False
     _clock_gettime(_CLOCK_MONOTONIC, at(control, TIMESPEC))
     left = control[DEADLINE_NS] - (control[TIMESPEC] * 1_000_000_000 + control[TIMESPEC + 1])
     if left <= 0:
         return False
+    if control[NOWAIT] != 0:
+        return True
     wanted = max(min(left, control[SLICE_MOST]), 1000)  # no microseconds at all would mean for ever
     if wanted != control[SLICE_NOW]:
         control[SLICE_NOW] = wanted
@@ -125,12 +132,14 @@ def send_all(fd: int, address: int, count: int, flags: int, control: Any) -> Any
     while control[OFFSET] < count:
         if not has_time(fd, control):
             return EXPIRED
-        sent = _send(fd, address + control[OFFSET], count - control[OFFSET], flags | _NOSIGNAL)
+        sent = _send(fd, address + control[OFFSET], count - control[OFFSET], flags | _NOSIGNAL | control[NOWAIT])
         if sent >= 0:
             control[OFFSET] += sent
             control[ASKED] = 1
         elif failed(control):
             return CLOSED
+        elif control[NOWAIT] != 0:
+            return AWAITS_ROOM
     next_phase(control)
     return OK
 
@@ -142,11 +151,13 @@ def receive_all(fd: int, address: int, count: int, is_kept: bool, control: Any) 
         if not has_time(fd, control):
             return EXPIRED
         left, place = count - control[OFFSET], control[OFFSET] if is_kept else 0
-        got = recv(fd, address + place, left if is_kept else min(left, SCRATCH_BYTES), _WAITALL)
+        got = recv(fd, address + place, left if is_kept else min(left, SCRATCH_BYTES), _WAITALL | control[NOWAIT])
         if got > 0:
             control[OFFSET] += got
         elif got == 0 or failed(control):
             return CLOSED
+        elif control[NOWAIT] != 0:
+            return AWAITS_BYTES
     next_phase(control)
     return OK
 
@@ -174,11 +185,13 @@ def receive_head(fd: int, control: Any) -> Any:
     while control[OFFSET] < 4 or (control[OFFSET] < 8 and word32(at(control, REPLY)) == _FINISHED):
         if not has_time(fd, control):
             return EXPIRED
-        got = recv(fd, at(control, REPLY) + control[OFFSET], 8 - control[OFFSET], 0)
+        got = recv(fd, at(control, REPLY) + control[OFFSET], 8 - control[OFFSET], control[NOWAIT])
         if got > 0:
             control[OFFSET] += got
         elif got == 0 or failed(control):
             return CLOSED
+        elif control[NOWAIT] != 0:
+            return AWAITS_BYTES
     code = word32(at(control, REPLY))
     if code == _ABSENT and control[OFFSET] == 4:
         control[PHASE] = control[OFFSET] = 0
@@ -208,6 +221,8 @@ def get(fd: int, request: int, request_bytes: int, into: int, into_bytes: int, s
             return status
     size = word32(at(control, REPLY) + 4)
     is_kept = size == into_bytes and control[DISCARD] == 0
+    if control[NOWAIT] != 0 and not is_kept:
+        return TOO_LONG
     status = receive_all(fd, into if is_kept else scratch, size, is_kept, control)
     if status != OK:
         return status
@@ -222,11 +237,13 @@ def receive_codes(fd: int, count: int, control: Any) -> Any:
         if not has_time(fd, control):
             return EXPIRED
         quick_ack(fd, control)
-        got = recv(fd, at(control, REPLY) + control[OFFSET], count - control[OFFSET], 0)
+        got = recv(fd, at(control, REPLY) + control[OFFSET], count - control[OFFSET], control[NOWAIT])
         if got > 0:
             control[OFFSET] += got
         elif got == 0 or failed(control):
             return CLOSED
+        elif control[NOWAIT] != 0:
+            return AWAITS_BYTES
     next_phase(control)
     return OK
 

@@ -26,10 +26,13 @@ import anyio
 from kvoffload.errors import MisuseError
 from kvoffload.l2 import infinistore_native as native
 from kvoffload.l2 import infinistore_socket as wired
+from kvoffload.l2.infinistore_drive import Drive
 from kvoffload.l2.infinistore_lane import Lane, Report, Server
-from kvoffload.l2.infinistore_transfers import Find, Read, Transfer, Values, Write
+from kvoffload.l2.infinistore_transfers import Find, Transfer
+from kvoffload.l2.infinistore_values import Read, Share, Write
 from kvoffload.l2.infinistore_wire import MOST_VALUE_BYTES
 from kvoffload.l2.node import Item, NodeUnreachable, Outcome
+from kvoffload.l2.values import Values
 from kvoffload.observe.logs import get_logger
 
 log = get_logger("l2")
@@ -39,11 +42,12 @@ _SHARE_ITEMS = 64
 _FIRST_PAUSE_S = 0.05
 _LONGEST_PAUSE_S = 2.0
 _CLOSE_S = 0.5
-_PING = b"kvoffload:ping"
+_PING = "kvoffload:ping"
 
 
 class InfiniStoreTcpNode:
-    """An `L2Node`. A thread for each of ``connections``; writes take at most half of several, finds and reads any.
+    """An `L2Node`. A thread for each of ``connections``; writes take at most half of several, finds and reads any. What is short the loop's
+    thread does itself where a connection is idle: see `kvoffload.l2.infinistore_drive`.
 
     ``host`` may be a name or an address of either family; ``value_bytes`` is what values will have at most, to reject settings that cannot
     work. ``clock`` must be that of the deadlines. Never says UNSETTLED. Raises UnsupportedError where numba cannot compile, MisuseError.
@@ -78,6 +82,7 @@ class InfiniStoreTcpNode:
         self._open: list[Lane] = []  # idle, the one used last at the end
         self._cold: list[Lane] = []  # idle, without a connection
         self._writing: set[Lane] = set()
+        self._drives: dict[Transfer, Drive] = {}
         self._failures = 0
         self._not_before = 0.0
         self._trouble = ""
@@ -93,14 +98,15 @@ class InfiniStoreTcpNode:
     async def find(self, names: Sequence[str], deadline: float) -> list[bool] | None:
         if not names:
             return []
-        find = Find(deadline, [name.encode() for name in names])
+        find = Find(deadline, names)
         await self._perform([find], deadline)
         return find.found
 
     async def read(self, items: Sequence[Item], deadline: float) -> list[Outcome]:
-        for item in items:
-            if item.buffer.readonly:
-                raise MisuseError(f"{item.name} is to be read into memory that cannot be written")
+        if not (isinstance(items, Values) and items.is_writable):
+            for item in items:
+                if item.buffer.readonly:
+                    raise MisuseError(f"{item.name} is to be read into memory that cannot be written")
         return await self._transfer(Read, items, deadline)
 
     async def write(self, items: Sequence[Item], deadline: float) -> list[Outcome]:
@@ -135,7 +141,7 @@ class InfiniStoreTcpNode:
                 if transfer.claim():
                     self._fail(transfer)
                 else:
-                    transfer.stop()
+                    self._stop(transfer)
             for lane in self._lanes:
                 lane.end()
         for call in set(self._waiting.values()):
@@ -147,17 +153,22 @@ class InfiniStoreTcpNode:
 
     # ------------------------------------------------------------ calls
 
-    async def _transfer(self, kind: type[Values], items: Sequence[Item], deadline: float) -> list[Outcome]:
-        for item in items:
-            if not item.name or not 0 < item.buffer.nbytes <= MOST_VALUE_BYTES or not item.buffer.contiguous:
-                raise MisuseError(f"{item.name!r}: {item.buffer.nbytes} bytes, a name and one run of at least a byte are needed")
-        places = _cut([item.buffer.nbytes for item in items], self._write_lanes if kind is Write else self._connections)
-        shares = [kind(deadline, [items[place] for place in share]) for share in places]
+    async def _transfer(self, kind: type[Share], items: Sequence[Item], deadline: float) -> list[Outcome]:
+        lanes = self._write_lanes if kind is Write else self._connections
+        if isinstance(items, Values):  # not one of them is made here
+            places = _cut_equal(len(items), _checked("values", items.value_bytes), lanes)
+        else:
+            places = _cut([_checked(repr(item.name), item.buffer.nbytes) for item in items], lanes)
+            for item in items:
+                if not item.name or not item.buffer.contiguous:
+                    raise MisuseError(f"{item.name!r}: a name, and one run of bytes are needed")
+        shares = [kind(deadline, items[share.start : share.stop : share.step]) for share in places]
         await self._perform(shares, deadline)
         outcomes = [Outcome.LATE] * len(items)
         for share, values in zip(places, shares, strict=True):
-            for place, outcome in zip(share, values.outcomes, strict=True):
-                outcomes[place] = Outcome.FAILED if outcome is Outcome.LATE and self._is_closed else outcome
+            outcomes[share.start : share.stop : share.step] = values.outcomes
+        if self._is_closed:
+            return [Outcome.FAILED if outcome is Outcome.LATE else outcome for outcome in outcomes]
         return outcomes
 
     async def _perform(self, transfers: Sequence[Transfer], deadline: float) -> None:
@@ -175,11 +186,13 @@ class InfiniStoreTcpNode:
             self._dispatch()
             if not all([transfer.is_under_way for transfer in transfers]):  # those that are see to their deadline themselves
                 timer = loop.call_later(left_s, self._withdraw, transfers)
+            if not call.left:  # done at once: others may run between two calls all the same
+                await asyncio.sleep(0)
             await call.is_over.wait()
         except BaseException:  # a cancellation, or a bug: nothing of this call may touch a buffer behind it
             self._withdraw(transfers)
             for transfer in transfers:
-                transfer.stop()
+                self._stop(transfer)
             await call.until_over()
             raise
         finally:
@@ -196,12 +209,20 @@ class InfiniStoreTcpNode:
                 transfer.is_withdrawn = True
                 self._settle(transfer)
 
+    def _stop(self, transfer: Transfer) -> None:
+        """It may run, and ends soon."""
+        transfer.stop()
+        drive = self._drives.get(transfer)
+        if drive is not None:
+            drive.leave()
+
     def _fail(self, transfer: Transfer) -> None:
         transfer.trouble = transfer.trouble or self._trouble
         transfer.conclude(wired.CLOSED)
         self._settle(transfer)
 
     def _settle(self, transfer: Transfer) -> None:
+        self._drives.pop(transfer, None)
         call = self._waiting.pop(transfer, None)
         if call is not None:
             call.left -= 1
@@ -212,7 +233,12 @@ class InfiniStoreTcpNode:
 
     def _dispatch(self) -> None:
         """Give idle lanes what waits. Fail it where there is no connection, and none may be tried yet."""
+        loop, driven = self._loop, 0
+        assert loop is not None
         while (queue := self._next_queue()) is not None:
+            if driven == self._connections:  # their requests were made here: somebody else's turn
+                loop.call_soon(self._dispatch)
+                return
             transfer = queue[0]
             if transfer not in self._waiting:
                 queue.popleft()
@@ -224,13 +250,30 @@ class InfiniStoreTcpNode:
                 transfer.is_under_way = has_connection
                 if transfer.is_write:
                     self._writing.add(lane)
-                lane.give(transfer)
+                if has_connection and transfer.is_short:
+                    driven += 1
+                    self._drive(loop, lane, transfer)
+                else:
+                    lane.give(transfer)
             elif len(self._lanes) > len(self._cold):
                 return  # one that is at work will have its turn
             else:
                 queue.popleft()
                 if transfer.claim():
                     self._fail(transfer)
+
+    def _drive(self, loop: asyncio.AbstractEventLoop, lane: Lane, transfer: Transfer) -> None:
+        transfer.claim()  # nobody else could: no thread knows it
+        drive = Drive(loop, lane, transfer, lambda: transfer.deadline - self._clock(), self._was_driven)
+        self._drives[transfer] = drive
+        if drive.start():
+            self._settle(transfer)
+            self._open.append(lane)
+
+    def _was_driven(self, lane: Lane, transfer: Transfer) -> None:
+        self._settle(transfer)
+        self._open.append(lane)
+        self._dispatch()
 
     def _next_queue(self) -> deque[Transfer] | None:
         if self._urgent:
@@ -287,11 +330,15 @@ class InfiniStoreTcpNode:
         self._dispatch()
 
 
-def _cut(sizes: Sequence[int], connections: int) -> list[list[int]]:
+def _checked(name: str, num_bytes: int) -> int:
+    if not 0 < num_bytes <= MOST_VALUE_BYTES:
+        raise MisuseError(f"{name}: {num_bytes} bytes; a value has at least one, and at most {MOST_VALUE_BYTES}")
+    return num_bytes
+
+
+def _cut(sizes: Sequence[int], connections: int) -> list[range]:
     """The places of each share. Connections take turns, so that what is done when time runs out is the beginning; bounded shares."""
-    if len(sizes) == 1:
-        return [[0]]
-    shares: list[list[int]] = []
+    shares: list[range] = []
     first, total = 0, 0
     for place, size in enumerate(sizes):
         if total + size > _SHARE_BYTES * connections or place - first == _SHARE_ITEMS * connections:
@@ -301,8 +348,14 @@ def _cut(sizes: Sequence[int], connections: int) -> list[list[int]]:
     return [*shares, *_deal(range(first, len(sizes)), connections)]
 
 
-def _deal(places: range, connections: int) -> list[list[int]]:
-    return [list(places[start::connections]) for start in range(min(connections, len(places)))]
+def _cut_equal(count: int, num_bytes: int, connections: int) -> list[range]:
+    """`_cut` of so many, all of the same size."""
+    at_once = max(1, min(_SHARE_ITEMS * connections, _SHARE_BYTES * connections // num_bytes))
+    return [share for first in range(0, count, at_once) for share in _deal(range(first, min(first + at_once, count)), connections)]
+
+
+def _deal(places: range, connections: int) -> list[range]:
+    return [places[start::connections] for start in range(min(connections, len(places)))]
 
 
 class _Call:

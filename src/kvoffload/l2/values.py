@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import cycle, repeat
-from typing import Protocol, TypeVar, overload
+from typing import Protocol, Self, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -87,27 +87,26 @@ def seal(envelope: Envelope, buffers: SlotBuffers, slots: Sequence[int], keys: S
 
 
 class _Made(Sequence[T]):
-    """Blocks' parts from ``first`` to ``stop``, counted block by block; a run of them is another, and is not made either.
+    """Some of the parts of blocks, which are counted block by block; a slice of them is another, and is not made either.
 
     The threads of a node need these; on the loop they would be a microsecond and more per value.
     """
 
     def __init__(self, count: int) -> None:
-        self._first, self._stop = 0, count
+        self._places = range(count)
         self._all: list[T] | None = None
 
     def __len__(self) -> int:
-        return self._stop - self._first
+        return len(self._places)
 
     @overload
     def __getitem__(self, index: int) -> T: ...
     @overload
     def __getitem__(self, index: slice) -> Sequence[T]: ...
     def __getitem__(self, index: int | slice) -> T | Sequence[T]:
-        if isinstance(index, int) or self._all is not None or index.step not in (None, 1):
+        if isinstance(index, int) or self._all is not None:
             return self._made()[index]
-        first, stop, _ = index.indices(len(self))
-        return self._run(self._first + first, self._first + max(first, stop))
+        return self._at(self._places[index])
 
     def __iter__(self) -> Iterator[T]:
         return iter(self._made())
@@ -115,14 +114,24 @@ class _Made(Sequence[T]):
     def _made(self) -> list[T]:
         # Two threads would make the same twice over, and keep one of them.
         if self._all is None:
-            self._all = self._make(self._first, self._stop)
+            self._all = self._make(self._places)
         return self._all
 
-    def _run(self, first: int, stop: int) -> Sequence[T]:
+    def _at(self, places: range) -> Self:
+        chosen = object.__new__(type(self))
+        chosen.__dict__.update(self.__dict__)
+        chosen._places = places
+        return chosen
+
+    def _make(self, places: range) -> list[T]:
         raise NotImplementedError
 
-    def _make(self, first: int, stop: int) -> list[T]:
-        raise NotImplementedError
+
+def _rows(table: Sequence[T], places: range, ranks: int) -> Sequence[T]:
+    """What a table of blocks has for each of these parts."""
+    if ranks > 1 or places.step < 0:
+        return [table[place // ranks] for place in places]
+    return table[places.start : places.stop : places.step]
 
 
 class Names(_Made[str]):
@@ -132,19 +141,15 @@ class Names(_Made[str]):
         super().__init__(len(keys) * ranks)
         self._namespace, self._keys, self._ranks = namespace, keys, ranks
 
-    def _run(self, first: int, stop: int) -> Names:
-        run = Names(self._namespace, self._keys, self._ranks)
-        run._first, run._stop = first, stop
-        return run
-
-    def _make(self, first: int, stop: int) -> list[str]:
+    def _make(self, places: range) -> list[str]:
         ranks = self._ranks
-        start = first // ranks
-        return names_of(self._namespace, self._keys[start : -(-stop // ranks)], ranks)[first - start * ranks : stop - start * ranks]
+        return value_names(
+            self._namespace, _rows(self._keys, places, ranks), [place % ranks for place in places] if ranks > 1 else repeat(0)
+        )
 
 
 class Values(_Made[Item]):
-    """Every rank's part of every block, made when they are looked at: all of ``value_bytes``."""
+    """Every rank's part of every block, made when they are looked at: all of ``value_bytes``, all writable or none."""
 
     def __init__(self, buffers: SlotBuffers, namespace: str, slots: Sequence[int], keys: Sequence[BlockKey], *, is_writable: bool) -> None:
         """For a read writable; for a write not: whoever stores a slot cannot change it. Raises InternalError as `SlotBuffers.check`."""
@@ -152,24 +157,18 @@ class Values(_Made[Item]):
             raise InternalError(f"{len(slots)} slots and {len(keys)} keys: a value needs one of each")
         super().__init__(len(slots) * buffers.ranks)
         self.value_bytes = buffers.value_bytes
-        self._buffers, self._namespace, self._slots, self._keys, self._is_writable = buffers, namespace, slots, keys, is_writable
+        self.is_writable = is_writable
+        self._buffers, self._slots = buffers, slots
+        self._names = Names(namespace, keys, buffers.ranks)
         buffers.check(slots)
 
-    def _run(self, first: int, stop: int) -> Values:
-        run = object.__new__(Values)
-        run.__dict__.update(self.__dict__)
-        run._first, run._stop = first, stop
-        return run
-
-    def _make(self, first: int, stop: int) -> list[Item]:
+    def _make(self, places: range) -> list[Item]:
         ranks, array = self._buffers.ranks, self._buffers.array
-        start = first // ranks
-        slots, keys = self._slots[start : -(-stop // ranks)], self._keys[start : -(-stop // ranks)]
-        names = names_of(self._namespace, keys, ranks)
+        slots = _rows(self._slots, places, ranks)
         if ranks == 1:
             views = [array(0, slot).data for slot in slots]
         else:
-            views = [array(rank, slot).data for slot in slots for rank in range(ranks)]
-        if not self._is_writable:
+            views = [array(place % ranks, slot).data for place, slot in zip(places, slots, strict=True)]
+        if not self.is_writable:
             views = [view.toreadonly() for view in views]
-        return list(map(_item, zip(names, views, strict=True)))[first - start * ranks : stop - start * ranks]
+        return list(map(_item, zip(self._names._make(places), views, strict=True)))
