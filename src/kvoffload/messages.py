@@ -14,7 +14,7 @@ and, with a second tier::
     L1Manager --FindBlocks---> L2Prefetcher of a node --BlocksFound----> L1Manager
     L1Manager --FetchBlocks--> L2Prefetcher of a node --FetchFinished--> L1Manager  (--TransfersSettled-->)
     L1Manager --WriteBlocks--> L2Writer of a node ------WriteFinished--> L1Manager  (--TransfersSettled-->)
-    Membership --NodesChanged--> L1Manager
+    Membership --NodesChanged--> L1Manager <--NodeBack-- who keeps a node's actors
 
 Commands are imperatives, facts are in the past tense, answers are nouns. A message carries a batch (a job, a step, a request), never
 one block. All are frozen; those that cross the link (`LINK_MESSAGES`) hold plain values only.
@@ -23,8 +23,11 @@ one block. All are frozen; those that cross the link (`LINK_MESSAGES`) hold plai
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum, IntEnum
 from typing import TYPE_CHECKING
+
+from kvoffload.reasons import DropReason as DropReason
+from kvoffload.reasons import HitReason as HitReason
+from kvoffload.reasons import LoadOutcome as LoadOutcome
 
 if TYPE_CHECKING:
     from kvoffload.l2.ring import Ring
@@ -38,39 +41,6 @@ Job = int
 
 ROOT: BlockKey = b""
 """The parent of a prompt's first block."""
-
-
-class HitReason(IntEnum):
-    """Why a `PrefixHit` is as long, or as short, as it is."""
-
-    HIT = 0
-    MISS = 1
-    NO_ROOM = 2
-    BUSY = 3
-    OFF = 4
-
-
-class LoadOutcome(IntEnum):
-    """How a promised load ended on one rank."""
-
-    LOADED = 0
-    FAILED = 1
-    WITHDRAWN = 2
-
-
-class DropReason(Enum):
-    """Why blocks that could have been saved were not; the value is the name in statistics."""
-
-    POST_REFUSED = "post_refused"
-    NO_SLOT = "no_slot"
-    PARENT_MISSING = "parent_missing"
-    PARENT_FAILED = "parent_failed"
-    OVERWRITTEN = "overwritten"
-    UNPAIRED = "unpaired"
-    COPY_FAILED = "copy_failed"
-    RESET = "reset"
-    OFF = "off"
-    FETCH_FAILED = "fetch_failed"  # it was to be fetched, not saved: a node said that it had it, and it did not come, or was not right
 
 
 # ---------------------------------------------------------------- SchedulerSide -> L1Manager
@@ -351,6 +321,13 @@ class NodesChanged:
     ring: Ring
 
 
+@dataclass(frozen=True, slots=True)
+class NodeBack:
+    """The node answers, or takes writes, again after it had been left alone. Who knows what it has lost meanwhile."""
+
+    node: Node
+
+
 # ---------------------------------------------------------------- to every actor
 
 
@@ -386,12 +363,14 @@ ToL1Manager = (
     | WriteFinished
     | TransfersSettled
     | NodesChanged
+    | NodeBack
     | Flush
     | Drain
 )
 ToL2Prefetcher = FindBlocks | FetchBlocks | Drain
 ToL2Writer = WriteBlocks | Flush | Drain
 FromL2 = BlocksFound | FetchFinished | WriteFinished | TransfersSettled
+AboutNodes = NodesChanged | NodeBack
 ToScheduler = PrefixHit | ParentMissing | ConnectorOff
 ToGpuCopy = SlotGrant | Flush | Drain
 ToWorker = LoadEnded | ConnectorOff

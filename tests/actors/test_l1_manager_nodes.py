@@ -24,6 +24,7 @@ from kvoffload.messages import (
     HitReason,
     MatchPrefix,
     Node,
+    NodeBack,
     NodesChanged,
     PrefixHit,
     ReserveSlots,
@@ -31,6 +32,7 @@ from kvoffload.messages import (
     SlotGrant,
     ToL1Manager,
     ToScheduler,
+    TransfersSettled,
     WriteBlocks,
     WriteFinished,
 )
@@ -197,6 +199,98 @@ async def test_a_flush_waits_for_the_writes_that_the_saves_before_it_led_to() ->
             bench.post(WriteFinished(write.batch, node, write.slots, ()))
         assert await flush.wait()
         assert bench.core.open_writes(), "later ones are not waited for"
+        bench.sender.close()
+
+
+@pytest.mark.anyio
+async def test_a_flush_does_not_wait_for_what_never_settles_and_a_drain_does_until_its_deadline() -> None:
+    """A node that was given up on, and may read or write slots for as long as it lives."""
+    bench = Bench()
+    flushes: list[Reply[bool]] = [Reply(), Reply()]
+    drain: Reply[bool] = Reply()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(bench.manager.run)
+        bench.post(match(anyio.current_time() + 60), ReserveSlots(1, (run(chain("b", 3)),)), BlocksFilled(1, 0, (0, 1, 2), ()))
+        await anyio.wait_all_tasks_blocked()
+        for node, find in bench.nodes.finds:
+            bench.post(BlocksFound(find.batch, node, (True,) * len(find.keys)))
+        bench.post(Flush(flushes[0]))
+        await anyio.wait_all_tasks_blocked()
+        assert flushes[0].is_open
+        for node, fetch in bench.nodes.fetches:
+            bench.post(FetchFinished(fetch.batch, node, (), (), (), fetch.slots))
+        for node, write in bench.nodes.writes:
+            bench.post(WriteFinished(write.batch, node, (), (), write.slots))
+        bench.post(Flush(flushes[1]))
+        with anyio.fail_after(1):
+            assert [await flush.wait() for flush in flushes] == [True, True]
+        begun = anyio.current_time()
+        bench.post(Drain(begun + 30, drain))
+        assert await drain.wait() is False
+        assert anyio.current_time() - begun >= 30
+        bench.sender.close()
+
+
+@pytest.mark.anyio
+async def test_a_drain_is_answered_as_soon_as_all_has_settled() -> None:
+    bench = Bench()
+    drain: Reply[bool] = Reply()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(bench.manager.run)
+        bench.post(ReserveSlots(1, (run(chain("b", 3)),)), BlocksFilled(1, 0, (0, 1, 2), ()))
+        await anyio.wait_all_tasks_blocked()
+        bench.post(Drain(anyio.current_time() + 30, drain))
+        for node, write in bench.nodes.writes:
+            bench.post(WriteFinished(write.batch, node, (), (), write.slots))
+        await anyio.sleep(1)
+        assert drain.is_open
+        for node, write in bench.nodes.writes:
+            bench.post(TransfersSettled(write.batch, node, write.slots))
+        with anyio.fail_after(1):
+            assert await drain.wait()
+        bench.sender.close()
+
+
+@pytest.mark.anyio
+async def test_a_node_that_is_back_is_caught_up_though_no_message_comes() -> None:
+    bench = Bench()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(bench.manager.run)
+        bench.post(ReserveSlots(1, (run(A),)), BlocksFilled(1, 0, tuple(range(6)), ()))
+        await anyio.wait_all_tasks_blocked()
+        for node, write in bench.nodes.writes:
+            bench.post(WriteFinished(write.batch, node, write.slots, ()))
+        bench.post(NodeBack("n1"))
+        await anyio.sleep(1)
+        [(node, find)] = bench.nodes.finds
+        assert (node, find.keys) == ("n1", A[1::3])
+        bench.nodes.writes.clear()
+        bench.post(BlocksFound(find.batch, node, (False, True)))
+        await anyio.sleep(1)
+        [(node, write)] = bench.nodes.writes
+        assert (node, write.keys) == ("n1", A[1:2])
+        bench.post(WriteFinished(write.batch, node, write.slots, ()))
+        await anyio.sleep(1)
+        assert bench.core.next_deadline() is None
+        bench.sender.close()
+
+
+@pytest.mark.anyio
+async def test_a_node_that_refuses_the_question_is_asked_again_later() -> None:
+    bench = Bench()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(bench.manager.run)
+        bench.post(ReserveSlots(1, (run(A),)), BlocksFilled(1, 0, tuple(range(6)), ()))
+        await anyio.wait_all_tasks_blocked()
+        for node, write in bench.nodes.writes:
+            bench.post(WriteFinished(write.batch, node, write.slots, ()))
+        bench.nodes.takes = False
+        bench.post(NodeBack("n1"))
+        await anyio.sleep(1)
+        assert bench.nodes.refused == 1
+        bench.nodes.takes = True
+        await anyio.sleep(10)
+        assert [node for node, _ in bench.nodes.finds] == ["n1"]
         bench.sender.close()
 
 

@@ -81,6 +81,7 @@ class Judge:
     answer: bool = True
     asked: list[tuple[int, float, Mapping[Node, int], int]] = field(default_factory=list)
     observed: list[tuple[Node, int, int, float]] = field(default_factory=list)
+    forgotten: list[Node] = field(default_factory=list)
 
     def should_load(self, tokens: int, tokens_per_s: float, blocks_by_node: Mapping[Node, int], block_bytes: int) -> bool:
         self.asked.append((tokens, tokens_per_s, dict(blocks_by_node), block_bytes))
@@ -88,6 +89,9 @@ class Judge:
 
     def observe_fetch(self, node: Node, blocks: int, num_bytes: int, seconds: float) -> None:
         self.observed.append((node, blocks, num_bytes, seconds))
+
+    def forget(self, node: Node) -> None:
+        self.forgotten.append(node)
 
 
 class RemoteRig:

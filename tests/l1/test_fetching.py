@@ -71,7 +71,7 @@ def test_a_late_writer_finds_its_slot_as_it_was_left_and_never_in_use() -> None:
     late = fetch.slots[0]
     rig.finish_fetches("n0", unsettled=A[:1])
     rig.finish_fetches()
-    assert rig.core.open_jobs() == {-fetch.batch}
+    assert rig.core.unsettled_jobs() == {-fetch.batch}
     assert (rig.remote.unsettled, rig.remote.fetching) == (1, 1)
     for name in "cdefghij":
         assert late not in rig.save(chain(name, 8)), "the late writer would have torn this block"

@@ -76,7 +76,7 @@ def test_a_late_reader_keeps_its_slot_until_it_says_that_it_is_done() -> None:
     ((_, write),) = [entry for entry in rig.writes if entry[0] == "n2"]
     late = write.slots[-1]
     rig.finish_writes(unsettled=A[5:])
-    assert rig.core.open_writes() == {-write.batch}
+    assert rig.core.unsettled_jobs() == {-write.batch}
     assert late == slots[5]
     for name in "cdef":
         assert late not in rig.save(chain(name, 6)), "the late reader would have sent this block's bytes as its own"

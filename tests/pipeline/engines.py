@@ -154,6 +154,12 @@ class Engine:
             for breaker in (actors.state.reading, actors.state.writing):
                 breaker._probe_at = min(breaker._probe_at, 0.0)
 
+    async def until_left_alone(self, prompt: int) -> None:
+        """Ask for what nobody has, until that is not tried any more: the node is dead."""
+        with anyio.fail_after(WAIT_S):
+            while not self.is_left_alone:
+                assert await self.load(prompt) == 0
+
     def names(self, prompt: int, count: int = COUNT) -> list[str]:
         """Of the values on the node."""
         assert self.runtime._parts is not None

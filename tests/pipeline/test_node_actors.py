@@ -28,6 +28,26 @@ def test_one_wait_in_vain_is_enough_and_no_request_is_a_probe() -> None:
     assert breaker.allow(1000.3)
 
 
+def test_a_breaker_says_when_its_node_is_used_again_and_only_then() -> None:
+    state, back = NodeState(), list[str]()
+    state.reading.on_closed = lambda: back.append("reads")
+    state.writing.on_closed = lambda: back.append("writes")
+    for breaker in (state.reading, state.writing):
+        breaker.record(Outcome.DONE, 0.01, 1.0)
+    assert not back
+    state.reading.record(Outcome.LATE, 1.0, 2.0)
+    state.writing.record(Outcome.FULL, 0.01, 2.0)
+    assert state.reading.allow_probe(1000.0)
+    state.reading.record(Outcome.FAILED, 0.01, 1000.1)
+    assert not back
+    assert state.reading.allow_probe(2000.0)
+    state.reading.record(Outcome.DONE, 0.01, 2000.1)
+    assert back == ["reads"]
+    assert state.writing.allow(2000.0)
+    state.writing.record(Outcome.DONE, 0.01, 2000.1)
+    assert back == ["reads", "writes"], "room has come back, which a node that served reads all the time never said"
+
+
 class Ends:
     """An actor that has nothing to do until it is told to leave."""
 

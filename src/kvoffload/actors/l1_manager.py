@@ -117,7 +117,7 @@ class L1Manager:
             now = self._clock()
 
     def _is_due(self, now: float) -> bool:
-        """Whether the deadline of a match has come."""
+        """Whether the deadline of a match has come, or something that is done by and by."""
         deadline = self._core.next_deadline()
         return deadline is not None and deadline <= now
 
@@ -129,7 +129,8 @@ class L1Manager:
             self._waiting.append(_Waiting(message.reply, jobs, is_last=not message.nodes))
         elif isinstance(message, Drain):
             self._perform(self._core.close())
-            self._waiting.append(_Waiting(message.reply, self._core.open_jobs(), message.deadline))
+            jobs = self._core.open_jobs() | self._core.unsettled_jobs()
+            self._waiting.append(_Waiting(message.reply, jobs, message.deadline))
         else:
             self._perform(self._core.handle(message, now))
 
@@ -153,12 +154,14 @@ class L1Manager:
     def _answer_waiting(self) -> None:
         if not self._waiting:
             return
-        jobs, now = self._core.open_jobs(), self._clock()
+        now, nothing = self._clock(), frozenset[Job]()
         left: list[_Waiting] = []
         for waiting in self._waiting:
-            awaited = waiting.jobs & jobs
+            # What may never settle has failed for a Flush; a Drain, which has a deadline, waits for it.
+            unsettled = self._core.unsettled_jobs() if waiting.deadline is not None else nothing
+            awaited = waiting.jobs & (self._core.open_jobs() | unsettled)
             if not awaited:
-                if not waiting.is_last and (writes := self._core.open_writes()):
+                if not waiting.is_last and (writes := self._core.open_writes() | unsettled):
                     left.append(replace(waiting, jobs=writes, is_last=True))
                 else:
                     waiting.reply.answer(waiting.is_whole)
@@ -174,7 +177,7 @@ class L1Manager:
         self._waiting = left
 
     def _time_left(self) -> float | None:
-        """Seconds until the deadline of a Drain or a match; None when there is none."""
+        """Seconds until the deadline of a Drain, or until the core has something to do; None when there is neither."""
         deadlines = [waiting.deadline for waiting in self._waiting if waiting.deadline is not None]
         if (next_deadline := self._core.next_deadline()) is not None:
             deadlines.append(next_deadline)

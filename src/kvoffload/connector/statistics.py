@@ -57,6 +57,8 @@ class SchedulerStatistics:
                     "l2_hit_tokens": l2.hit_tokens,
                     "l2_written_blocks": l2.written,
                     "l2_dropped_blocks": l2.write_failed + l2.write_dropped,
+                    "l2_checked_blocks": l2.checked,
+                    "l2_lacking_blocks": l2.lacking,
                 }
             gauges = {"l1_used_blocks": l1.slots.get(State.READY, 0), "l1_capacity_blocks": l1.usable}
         for name, total in totals.items():

@@ -6,12 +6,13 @@ from typing import assert_never
 
 from kvoffload.errors import InternalError
 from kvoffload.l1 import fetching, matching, removal, saving, waiting, writing
+from kvoffload.l1.catching_up import CatchingUp
 from kvoffload.l1.check import check_all
 from kvoffload.l1.effects import Effect, ToRank, ToScheduler
 from kvoffload.l1.parts import L1Config, Parts, Slices
 from kvoffload.l1.remote import Remote, RemoteConfig
 from kvoffload.l1.states import State
-from kvoffload.l1.statistics import L1Statistics
+from kvoffload.l1.statistics import L1Statistics, RemoteStatistics
 from kvoffload.messages import (
     BlocksFilled,
     BlocksFound,
@@ -22,6 +23,7 @@ from kvoffload.messages import (
     LoadFinished,
     LoadOutcome,
     MatchPrefix,
+    NodeBack,
     NodesChanged,
     PrefixHit,
     RankLost,
@@ -35,7 +37,7 @@ from kvoffload.messages import (
     WriteFinished,
 )
 
-FromNodes = BlocksFound | FetchFinished | WriteFinished | TransfersSettled | NodesChanged
+FromNodes = BlocksFound | FetchFinished | WriteFinished | TransfersSettled | NodesChanged | NodeBack
 """What concerns the second tier alone."""
 
 L1Message = (
@@ -66,6 +68,7 @@ class L1Core:
         self._config = config
         self._parts = Parts(config, capacity, remote)
         self._remote = self._parts.remote
+        self._catching_up = CatchingUp(self._parts, self._remote) if self._remote is not None else None
         self._populated = [0] * config.ranks
         self._lost: set[int] = set()
         self._closed = False
@@ -77,9 +80,8 @@ class L1Core:
         return self._begin(self._handle(message, now), now)
 
     def tick(self, now: float) -> list[Effect]:
-        """Answer the matches whose deadline has come. There may be more to it, as with a message."""
-        remote = self._remote
-        return self._begin(waiting.expire(self._parts, remote), now) if remote is not None else []
+        """Answer the matches whose deadline has come, and do what is done by and by. There may be more to it, as with a message."""
+        return self._begin(self._due(), now)
 
     @property
     def has_work(self) -> bool:
@@ -97,6 +99,11 @@ class L1Core:
                 break
         return self._take_effects()
 
+    def _due(self) -> Slices[None]:
+        if self._remote is not None and self._catching_up is not None:
+            yield from waiting.expire(self._parts, self._remote)
+            yield from self._catching_up.step()
+
     def _begin(self, work: Slices[None], now: float) -> list[Effect]:
         effects: list[Effect] = []
         while self._work is not None:
@@ -109,6 +116,9 @@ class L1Core:
         yield from work
         if self._remote is not None and self._remote.has_fallen:
             yield from waiting.look_again(self._parts, self._remote)
+        if self._remote is not None and self._catching_up is not None and self._remote.dropped:
+            self._catching_up.later(self._remote.dropped)
+            self._remote.dropped.clear()
         if not self._config.keeps:
             yield from removal.let_go_abandoned(self._parts)
 
@@ -118,7 +128,12 @@ class L1Core:
 
     def next_deadline(self) -> float | None:
         """When `tick` is to be called, if no message comes before."""
-        return self._remote.next_deadline() if self._remote is not None else None
+        if self._remote is None or self._catching_up is None:
+            return None
+        of_matches, later = self._remote.next_deadline(), self._catching_up.next_at
+        if of_matches is None or later is None:
+            return of_matches if later is None else later
+        return min(of_matches, later)
 
     def _handle(self, message: L1Message, now: float) -> Slices[None]:
         parts = self._parts
@@ -146,13 +161,14 @@ class L1Core:
             case ResetCache():
                 parts.generation = message.generation
                 removal.reset(parts)
-                if self._remote is not None:
+                if self._remote is not None and self._catching_up is not None:
                     self._remote.reset(message.generation)
+                    self._catching_up.end()
             case SegmentGrown():
                 self._grow(message)
             case RankLost():
                 self._lose(message.rank)
-            case BlocksFound() | FetchFinished() | WriteFinished() | TransfersSettled() | NodesChanged():
+            case BlocksFound() | FetchFinished() | WriteFinished() | TransfersSettled() | NodesChanged() | NodeBack():
                 yield from self._from_nodes(message)
             case _:
                 assert_never(message)
@@ -197,7 +213,8 @@ class L1Core:
         self._let_go()
 
     def open_jobs(self) -> frozenset[Job]:
-        """The saves and loads that some rank has not reported and that hold slots; the fetches and writes that do, as negative numbers."""
+        """The saves and loads that some rank has not reported and that hold slots; the fetches and writes that nodes have not reported,
+        as negative numbers."""
         jobs = self._parts.inflight.open_jobs()
         return jobs if self._remote is None else jobs | self._remote.open_jobs()
 
@@ -205,9 +222,15 @@ class L1Core:
         """The writes to nodes among them."""
         return frozenset(self._remote.open_writes()) if self._remote is not None else frozenset()
 
+    def unsettled_jobs(self) -> frozenset[Job]:
+        """Fetches and writes that have failed, and of which something may still use slots: negative numbers too. Perhaps for ever."""
+        return frozenset(self._remote.unsettled_jobs()) if self._remote is not None else frozenset()
+
     def check(self) -> None:
         """Verify every invariant, in time proportional to the slots; raises InternalError."""
         check_all(self._parts)
+        if self._catching_up is not None:
+            self._catching_up.check()
 
     def statistics(self) -> L1Statistics:
         """A snapshot; takes constant time."""
@@ -229,8 +252,13 @@ class L1Core:
             evictions=parts.evictor.evictions,
             invalidated=counts.invalidated,
             drops=dict(counts.drops),
-            remote=self._remote.statistics(len(parts.slots.held)) if self._remote is not None else None,
+            remote=self._remote_statistics(),
         )
+
+    def _remote_statistics(self) -> RemoteStatistics | None:
+        if self._remote is None or self._catching_up is None:
+            return None
+        return self._remote.statistics(len(self._parts.slots.held), len(self._catching_up))
 
     def _match(self, message: MatchPrefix, now: float) -> Slices[PrefixHit | None]:
         if self.is_off:
@@ -240,21 +268,28 @@ class L1Core:
         return (yield from waiting.match(self._parts, self._remote, message))
 
     def _from_nodes(self, message: FromNodes) -> Slices[None]:
-        parts, remote = self._parts, self._remote
-        if remote is None:
+        parts, remote, catching_up = self._parts, self._remote, self._catching_up
+        if remote is None or catching_up is None:
             raise InternalError(f"{type(message).__name__}, and there is no second tier")
         match message:
             case BlocksFound():
-                yield from waiting.found(parts, remote, message)
+                if catching_up.has_asked(message.batch):
+                    catching_up.found(message)
+                else:
+                    yield from waiting.found(parts, remote, message)
             case FetchFinished():
                 yield from fetching.finished(parts, remote, message)
                 yield from waiting.resume(parts, remote, message.batch)
+                catching_up.transfer_ended(message.batch)
             case WriteFinished():
                 writing.finished(parts, remote, message)
+                catching_up.write_ended(message)
             case TransfersSettled():
                 self._settle(remote, message)
             case NodesChanged():
-                remote.ring = message.ring
+                yield from catching_up.nodes_changed(message.ring)
+            case NodeBack():
+                yield from catching_up.node_back(message.node)
             case _:
                 assert_never(message)
 
@@ -267,12 +302,15 @@ class L1Core:
                 left -= slots
                 if not left:
                     del table[message.batch]
+                if self._catching_up is not None and table is remote.unsettled_writes:
+                    self._catching_up.later((message.node,))
                 return
         raise InternalError(f"node {message.node} settled slots {message.slots} of batch {message.batch}, which were not unsettled")
 
     def _stop_remote(self) -> None:
-        if self._remote is not None:
+        if self._remote is not None and self._catching_up is not None:
             self._remote.is_stopped = True
+            self._catching_up.end()
             waiting.refuse_all(self._parts, self._remote)
 
     def _reserve(self, message: ReserveSlots) -> Slices[None]:

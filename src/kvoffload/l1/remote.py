@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import compress, count
+from itertools import compress, count, islice
 from operator import eq
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -53,6 +53,9 @@ class LoadOrCompute(Protocol):
 
     def observe_fetch(self, node: Node, blocks: int, num_bytes: int, seconds: float) -> None:
         """The node took so long over so many blocks."""
+
+    def forget(self, node: Node) -> None:
+        """The node has left, or is at another address."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +175,11 @@ class Recent:
         """Forget a key, if it is remembered."""
         self._until.pop(key, None)
 
+    def forget(self, count: int) -> None:
+        """Forget so many keys."""
+        for key in list(islice(self._until, count)):
+            del self._until[key]
+
     def has(self, key: BlockKey, now: float) -> bool:
         """Whether the key is remembered and its time has not come."""
         until = self._until.get(key)
@@ -199,6 +207,7 @@ class Remote:
         self._batches = count(1)
         self.must_look_ahead = False
         self.has_fallen = False  # something left the index otherwise than by eviction: who waits for it should know
+        self.dropped: set[Node] = set()  # blocks that were to be written to these were not offered: they should come again
         self.finds: dict[Batch, Find] = {}
         self.fetches: dict[Batch, Transfer] = {}
         self.writes: dict[Batch, Transfer] = {}
@@ -284,17 +293,23 @@ class Remote:
                 self.on_nodes.add(key, until)
 
     def open_jobs(self) -> set[Job]:
-        """The fetches and writes that hold slots, as numbers that no job has."""
-        return {-batch for table in (self.fetches, self.unsettled_fetches) for batch in table} | self.open_writes()
+        """The fetches and writes that nodes have not reported, as numbers that no job has."""
+        return {-batch for table in (self.fetches, self.writes) for batch in table}
 
     def open_writes(self) -> set[Job]:
         """The writes among them."""
-        return {-batch for table in (self.writes, self.unsettled_writes) for batch in table}
+        return {-batch for batch in self.writes}
 
-    def statistics(self, writing: int) -> RemoteStatistics:
-        """A snapshot, with so many slots on their way to nodes."""
+    def unsettled_jobs(self) -> set[Job]:
+        """Those that were reported, and whose slots something may still read or write."""
+        return {-batch for table in (self.unsettled_fetches, self.unsettled_writes) for batch in table}
+
+    def statistics(self, writing: int, catching_up: int) -> RemoteStatistics:
+        """A snapshot, with so many slots on their way to nodes, and so many nodes that are to be caught up."""
         unsettled = sum(map(len, self.unsettled_fetches.values())) + sum(map(len, self.unsettled_writes.values()))
-        return RemoteStatistics(replace(self.counts), len(self.waiting), len(self.fetch_of), writing, unsettled, self.off_reason)
+        return RemoteStatistics(
+            replace(self.counts), len(self.waiting), len(self.fetch_of), writing, unsettled, self.off_reason, catching_up
+        )
 
 
 def end_transfer(table: dict[Batch, Transfer], batch: Batch, node: Node, *parts: tuple[int, ...]) -> Transfer:

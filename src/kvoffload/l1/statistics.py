@@ -50,6 +50,12 @@ class RemoteCounts:
     write_failed: int = 0
     write_dropped: int = 0
     """Not offered, as too many were on their way, or no node is theirs."""
+    checked: int = 0
+    """Blocks of L1 that a node was asked about, as it might not have them (any more)."""
+    lacking: int = 0
+    """Of these, those that it had not."""
+    offered_again: int = 0
+    """Of the offered ones, those that were for that reason."""
     evicted_unwritten: int = 0
     """Left L1 before a node had them; counted where blocks are to be written before they leave."""
     resets: int = 0
@@ -66,6 +72,8 @@ class RemoteStatistics:
     unsettled: int
     off_reason: str | None
     """Why nodes are not read or written any more, though L1 goes on."""
+    catching_up: int = 0
+    """Nodes of which it is to be found out what they lack, or to which that is being written."""
 
 
 @dataclass(frozen=True, slots=True)

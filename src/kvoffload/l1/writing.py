@@ -32,7 +32,7 @@ def on_hit(parts: Parts, remote: Remote, slots: Sequence[int]) -> Slices[None]:
     """These are READY, and used again."""
     if remote.config.ingestion == "hot":
         stored = remote.stored
-        yield from _write(parts, remote, _not_tried(parts, remote, [slot for slot in slots if not stored[slot]]))
+        yield from _write(parts, remote, not_tried(parts, remote, [slot for slot in slots if not stored[slot]]))
 
 
 def on_eviction(parts: Parts, remote: Remote, evicted: Sequence[int]) -> None:
@@ -53,7 +53,7 @@ def look_ahead(parts: Parts, remote: Remote) -> None:
         return
     stored = remote.stored
     named = [slot for slot in parts.policy.peek(AHEAD) if not stored[slot]]
-    offer(parts, remote, _not_tried(parts, remote, named)[:most])
+    offer(parts, remote, not_tried(parts, remote, named)[:most])
 
 
 def finished(parts: Parts, remote: Remote, message: WriteFinished) -> None:
@@ -89,7 +89,7 @@ def settled(parts: Parts, remote: Remote, slots: Sequence[int]) -> None:
         parts.slots.let_go(slot)
 
 
-def _not_tried(parts: Parts, remote: Remote, slots: list[int]) -> list[int]:
+def not_tried(parts: Parts, remote: Remote, slots: list[int]) -> list[int]:
     """Those of these whose writing has not failed a short while ago."""
     if not len(remote.unwritten):
         return slots
@@ -113,8 +113,10 @@ def offer(parts: Parts, remote: Remote, slots: Sequence[int]) -> None:
         return
     table, config, counts = parts.slots, remote.config, remote.counts
     room = max(0, int(config.max_writing_share * table.usable) - len(table.held))
-    counts.write_dropped += max(0, len(slots) - room)
-    slots = slots[:room]
+    if len(slots) > room:
+        counts.write_dropped += len(slots) - room
+        remote.dropped.update(address.name for address in remote.ring.nodes)
+        slots = slots[:room]
     if not slots:
         return
     keys = table.keys[np.array(slots, dtype=np.intp)].tolist()
@@ -122,6 +124,8 @@ def offer(parts: Parts, remote: Remote, slots: Sequence[int]) -> None:
         most = config.write_queue_blocks - remote.queued[node] if node is not None else 0
         if len(taken) > most:
             counts.write_dropped += len(taken) - most
+            if node is not None:
+                remote.dropped.add(node)
             taken, theirs = taken[:most], theirs[:most]
         if node is None or not taken:
             continue

@@ -21,6 +21,7 @@ from kvoffload.l1.statistics import L1Statistics
 from kvoffload.mailbox import OnFull, Receiver, Reply, Sender, ThreadSender, open_mailbox
 from kvoffload.mailbox_state import CallSoon
 from kvoffload.messages import (
+    AboutNodes,
     ConnectorOff,
     Drain,
     Flush,
@@ -201,7 +202,7 @@ class HubRuntime:
 
         self._from_nodes(NodesChanged(RendezvousRing(1 << 62, ())))
 
-    def _from_nodes(self, message: FromL2 | NodesChanged) -> None:
+    def _from_nodes(self, message: FromL2 | AboutNodes) -> None:
         """What the second tier sends to L1."""
         assert self._opened is not None
         self._opened.reports.owe(message)

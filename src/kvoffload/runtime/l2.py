@@ -23,7 +23,7 @@ from kvoffload.l2.transfers import Turns
 from kvoffload.l2.values import SlotBuffers
 from kvoffload.layout import HEADER_BYTES
 from kvoffload.mailbox import Receiver
-from kvoffload.messages import BlocksFound, FromL2, Node, NodesChanged, ToL2Prefetcher, ToL2Writer, TransfersSettled
+from kvoffload.messages import AboutNodes, BlocksFound, FromL2, Node, NodeBack, NodesChanged, ToL2Prefetcher, ToL2Writer, TransfersSettled
 from kvoffload.observe.logs import get_logger
 from kvoffload.runtime.node_actors import Life, NodeActors, NodeState, NodeStatistics
 from kvoffload.runtime.shared import Shared
@@ -42,7 +42,7 @@ class L2Runtime:
     """
 
     def __init__(
-        self, settings: L2Settings, shared: Shared, deliver: Callable[[FromL2 | NodesChanged], None], make: MakeNode | None = None
+        self, settings: L2Settings, shared: Shared, deliver: Callable[[FromL2 | AboutNodes], None], make: MakeNode | None = None
     ) -> None:
         """``make`` makes the clients of nodes, on the loop; None: `make_node`."""
         self._settings = settings
@@ -113,6 +113,8 @@ class L2Runtime:
     def _actors(self, address: NodeAddress, node: L2Node) -> NodeActors:
         settings, slots, envelope = self._settings, self._slots, self._envelope
         state, turns = NodeState(), Turns()
+        state.reading.on_closed = partial(self._back, address.name, "reads")
+        state.writing.on_closed = partial(self._back, address.name, "writes")  # also one that was full
         reads = PrefetcherConfig(self._names, address.name, inflight_bytes=settings.inflight_bytes)
         writes = WriterConfig(
             self._names,
@@ -137,3 +139,7 @@ class L2Runtime:
             return
         self.membership.trouble()  # the table may know more
         self._deliver(message)
+
+    def _back(self, node: Node, what: str) -> None:
+        log.info("node back: what it lacks of L1 is looked for and offered again", node=node, trusted_with=what)
+        self._deliver(NodeBack(node))

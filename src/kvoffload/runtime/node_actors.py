@@ -44,7 +44,21 @@ class NodeStatistics:
     writing: BreakerStatistics
 
 
-class ReadsBreaker(Breaker):
+class TellingBreaker(Breaker):
+    """Calls ``on_closed`` when the node is used again."""
+
+    def __init__(self, settings: BreakerSettings | None = None) -> None:
+        super().__init__(settings)
+        self.on_closed: Callable[[], None] = lambda: None
+
+    def record(self, outcome: Outcome, seconds: float, now: float, values: int = 0) -> None:
+        was_closed = self.state is BreakerState.CLOSED
+        super().record(outcome, seconds, now, values)
+        if not was_closed and self.state is BreakerState.CLOSED:
+            self.on_closed()
+
+
+class ReadsBreaker(TellingBreaker):
     """For requests that wait: one that waited in vain is enough, and none is ever the probe. `NodeActors` probes, by a ping."""
 
     def __init__(self) -> None:
@@ -68,7 +82,7 @@ class NodeState:
     reads: PrefetcherStatistics = field(default_factory=PrefetcherStatistics)
     writes: WriterStatistics = field(default_factory=WriterStatistics)
     reading: ReadsBreaker = field(default_factory=ReadsBreaker)
-    writing: Breaker = field(default_factory=Breaker)
+    writing: TellingBreaker = field(default_factory=TellingBreaker)
 
     def statistics(self) -> NodeStatistics:
         return NodeStatistics(self.reads, self.writes, self.reading.statistics(), self.writing.statistics())
