@@ -41,7 +41,7 @@ def test_a_change_in_any_of_its_files_compiles_the_loops_again(tmp_path: Path) -
 @pytest.mark.slow
 def test_the_loops_that_wait_let_go_of_the_lock_and_the_others_keep_it(tmp_path: Path) -> None:
     """Also when they come from numba's cache, which by itself would give one for the other."""
-    environ = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
+    environ = {**os.environ, "PYTHONPATH": str(Path(kvoffload.__file__).parent.parent), "NUMBA_CACHE_DIR": str(tmp_path / "cache")}
     for _ in range(2):
         answer = subprocess.run([sys.executable, "-c", _TICKS], env=environ, check=True, capture_output=True, text=True)
         let_go, kept = map(int, answer.stdout.split())
