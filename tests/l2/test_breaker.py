@@ -46,6 +46,7 @@ class Node:
 
     def probe(self, outcome: Outcome, seconds: float = 0.001) -> float:
         waited = self.wait_for_probe()
+        self.now += seconds
         self.breaker.record(outcome, seconds, self.now, 1)
         return waited
 
@@ -98,9 +99,7 @@ def test_a_deadline_that_was_too_near_says_nothing() -> None:
     node = Node()
     assert node.calls(100, Outcome.LATE, seconds=0.001) == 100
     node.calls(5, Outcome.FAILED)
-    node.wait_for_probe()
-    assert not node.breaker.allow(node.now)
-    node.breaker.record(Outcome.LATE, 0.001, node.now)
+    node.probe(Outcome.LATE)
     assert node.state is HALF_OPEN
     assert node.breaker.allow(node.now), "the probe proved nothing, so there is another"
 
@@ -125,6 +124,48 @@ def test_one_that_closes_and_opens_again_soon_goes_on_where_it_was() -> None:
     node.now += EXACT.calm_s
     node.calls(5, Outcome.FAILED)
     assert node.probe(Outcome.DONE) == pytest.approx(0.5, abs=0.05), "it was calm in between"
+
+
+def test_one_that_answered_some_calls_is_well_again() -> None:
+    """One error in a thousand, and it opens at the first: the waits stay short."""
+    node = Node(BreakerSettings(errors=1, jitter=0.0))
+    for answers, wait in ((EXACT.calm_calls, 0.5), (EXACT.calm_calls, 0.5), (EXACT.calm_calls - 1, 1), (0, 2), (EXACT.calm_calls, 0.5)):
+        assert node.calls(answers, Outcome.DONE) == answers
+        node.call(Outcome.FAILED)
+        assert node.probe(Outcome.DONE) == pytest.approx(wait, abs=0.05)
+
+
+def test_a_call_of_before_is_neither_the_probe_nor_counted_after_it() -> None:
+    """Some were under way when it opened, and end one by one, by their own deadlines."""
+    node = Node(BreakerSettings(errors=1, jitter=0.0))
+    node.call(Outcome.FAILED)
+    node.wait_for_probe()
+    node.breaker.record(Outcome.LATE, 5.0, node.now + 0.1)
+    node.breaker.record(Outcome.DONE, 5.0, node.now + 0.2)
+    assert node.state is HALF_OPEN
+    node.breaker.record(Outcome.DONE, 0.1, node.now + 0.3)
+    assert node.state is CLOSED
+    node.breaker.record(Outcome.FAILED, 5.0, node.now + 0.4)
+    assert node.state is CLOSED
+    node.breaker.record(Outcome.FAILED, 0.05, node.now + 0.5)
+    assert node.state is OPEN
+
+
+def test_where_it_may_doubt_the_first_timeouts_bring_a_probe_at_once() -> None:
+    node = Node(BreakerSettings(timeouts=2, doubts=True, jitter=0.0))
+    waits = []
+    for _ in range(4):
+        node.calls(2, Outcome.LATE, seconds=0.05)
+        waits.append(node.probe(Outcome.DONE))
+    assert waits == pytest.approx([0, 0.5, 1, 2], abs=0.02)
+    assert (node.breaker.statistics().doubts, node.breaker.statistics().openings) == (1, 3)
+    node.calls(EXACT.calm_calls, Outcome.DONE)
+    node.calls(2, Outcome.LATE, seconds=0.05)
+    assert [node.probe(Outcome.FAILED) for _ in range(3)] == pytest.approx([0, 0.5, 1], abs=0.02)
+    node.probe(Outcome.DONE)
+    node.calls(EXACT.calm_calls, Outcome.DONE)
+    node.calls(5, Outcome.FAILED)
+    assert node.probe(Outcome.DONE) == pytest.approx(0.5, abs=0.02), "an error is no doubt"
 
 
 @pytest.mark.parametrize(("chance", "wait"), [(0.0, 0.4), (0.5, 0.5), (1.0, 0.6)])
@@ -253,6 +294,7 @@ def test_what_a_batch_says(outcomes: tuple[Outcome, ...], whole: Outcome) -> Non
     [
         {"errors": 0},
         {"timeouts": 0},
+        {"calm_calls": 0},
         {"share": 0.0},
         {"share": 1.1},
         {"jitter": 1.0},
@@ -279,6 +321,7 @@ class BreakerMachine(RuleBasedStateMachine):
         self.has_failed = False
         self.opened_at = -math.inf
         self.probed_at = -math.inf
+        self.changed_at = -math.inf
 
     def longest(self) -> float:
         return self.settings.full_backoff_most_s * (1 + self.settings.jitter)
@@ -307,7 +350,7 @@ class BreakerMachine(RuleBasedStateMachine):
             assert self.now - self.probed_at < self.settings.probe_s, "the probe is lost, and nobody tries again"
         if allowed and before is not CLOSED:
             assert self.breaker.state is HALF_OPEN
-            self.probed_at = self.now
+            self.probed_at = self.changed_at = self.now
         if allowed and is_reported:
             self.now += seconds
             self.report(outcome, seconds, values)
@@ -320,7 +363,7 @@ class BreakerMachine(RuleBasedStateMachine):
         before = self.breaker.state
         self.breaker.record(outcome, seconds, self.now, values)
         says_nothing = outcome is Outcome.LATE and seconds < self.settings.fair_s
-        if before is OPEN or says_nothing:
+        if before is OPEN or says_nothing or self.now - seconds < self.changed_at - 1e-4:
             assert self.breaker.state is before
             return
         is_failure = outcome in (Outcome.FAILED, Outcome.LATE, Outcome.UNSETTLED)
@@ -335,6 +378,7 @@ class BreakerMachine(RuleBasedStateMachine):
             self.opened_at = self.now
         if self.breaker.state is not before:
             self.failures = 0
+            self.changed_at = self.now
 
     @precondition(lambda self: self.breaker.state is not CLOSED)
     @rule()
@@ -342,7 +386,8 @@ class BreakerMachine(RuleBasedStateMachine):
         """From wherever it is, a node that is well again is soon used again."""
         for _ in range(20):
             if self.breaker.allow(self.now):
-                self.probed_at = self.now
+                self.probed_at = self.changed_at = self.now
+                self.now += 0.001
                 self.report(Outcome.DONE, 0.001, 1)
             if self.breaker.state is CLOSED:
                 return

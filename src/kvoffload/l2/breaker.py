@@ -27,10 +27,11 @@ class BreakerSettings:
     It opens at ``errors`` failures in a row, at ``timeouts`` in a row that were LATE, when of at least ``share_of`` calls within
     ``window_s`` the share ``share`` failed, or when calls that succeed become both ``slow_factor`` times slower than they normally
     are and slower than ``slow_s``, per value. The n-th opening in a row waits ``backoff_s * 2 ** (n - 1)``, at most
-    ``backoff_most_s``, give or take the share ``jitter``; it is the first again after ``calm_s`` closed. A node that is full waits
-    by ``full_backoff_s`` and ``full_backoff_most_s`` instead: room comes by eviction or by an operator, not by a reconnect.
-    A probe that is not reported for ``probe_s`` is taken for lost. A call that was LATE before ``fair_s`` says nothing: its
-    deadline was too near.
+    ``backoff_most_s``, give or take the share ``jitter``; it is the first again after ``calm_calls`` answers, or ``calm_s`` closed. A
+    node that is full waits by ``full_backoff_s`` and ``full_backoff_most_s`` instead: room comes by eviction or by an operator, not by
+    a reconnect. A probe that is not reported for ``probe_s`` is taken for lost. A call that was LATE before ``fair_s`` says nothing:
+    its deadline was too near. Where ``doubts`` is set, timeouts that would make the first opening in a row wait for nothing but the
+    probe, which may be made at once: they may well be ours, or one packet's.
     """
 
     errors: int = 5
@@ -47,11 +48,14 @@ class BreakerSettings:
     full_backoff_most_s: float = 120.0
     jitter: float = 0.2
     calm_s: float = 60.0
+    calm_calls: int = 10
     probe_s: float = 30.0
+    doubts: bool = False
 
     def __post_init__(self) -> None:
         times = (self.window_s, self.slow_s, self.backoff_s, self.full_backoff_s, self.calm_s, self.probe_s)
-        if not (self.errors >= 1 and self.timeouts >= 1 and self.share_of >= 1 and 0 < self.share <= 1 and 0 <= self.jitter < 1):
+        counts = (self.errors, self.timeouts, self.share_of, self.calm_calls)
+        if not (min(counts) >= 1 and 0 < self.share <= 1 and 0 <= self.jitter < 1):
             raise MisuseError(f"counts must be at least 1, the share above 0 and at most 1, the jitter from 0 to below 1: {self}")
         if min(times) <= 0 or self.fair_s < 0 or self.slow_factor <= 1:
             raise MisuseError(f"times must be above 0, and the factor above 1: {self}")
@@ -61,13 +65,17 @@ class BreakerSettings:
 
 @dataclass(frozen=True, slots=True)
 class BreakerStatistics:
-    """``reason`` is why it last opened; ``refused`` counts the calls that were not allowed; ``normal_s`` is what a value normally takes."""
+    """``reason`` is why it last opened; ``refused`` counts the calls that were not allowed; ``normal_s`` is what a value normally takes.
+
+    ``doubts`` that the first probe did not confirm are no ``openings``.
+    """
 
     state: BreakerState
     openings: int
     refused: int
     reason: str | None
     normal_s: float | None
+    doubts: int = 0
 
 
 _FAILURES = frozenset({Outcome.FAILED, Outcome.LATE, Outcome.UNSETTLED})
@@ -77,6 +85,7 @@ _BY_WEIGHT = (Outcome.FAILED, Outcome.UNSETTLED, Outcome.LATE, Outcome.FULL, Out
 _USUAL, _NOW, _FROM_PROBE = 0.02, 0.3, 0.25
 _SAMPLES = 20
 _LEAST_S = 1e-6
+_ROUNDING_S = 1e-6
 
 
 def overall(outcomes: Iterable[Outcome]) -> Outcome:
@@ -109,7 +118,10 @@ class Breaker:
         self._now: float | None = None
         self._samples = 0
         self._streak = 0  # openings in a row
+        self._has_doubted = False  # before the first of them
+        self._answers = 0  # since it closed
         self._openings = 0
+        self._doubts = 0
         self._refused = 0
         self._reason: str | None = None
 
@@ -128,9 +140,10 @@ class Breaker:
         """How a call ended (for a batch: `overall`), after ``seconds``.
 
         ``values`` is how many values it moved; only where that is given is its latency judged, as batches differ in size.
-        What comes while it is OPEN began before, and changes nothing.
+        A call that began before the state changed, as all do that end while it is OPEN, changes nothing: it is no probe, and what
+        it says has been dealt with.
         """
-        if self.state is BreakerState.OPEN:
+        if self.state is BreakerState.OPEN or now - seconds < self._since - _ROUNDING_S:
             return
         if outcome is Outcome.LATE and seconds < self._settings.fair_s:
             self._probe_at = min(self._probe_at, now)  # a probe that proved nothing: another one, now
@@ -139,14 +152,15 @@ class Breaker:
         was_probe = self.state is BreakerState.HALF_OPEN
         reason = self._judge_probe(outcome, latency) if was_probe else self._judge(outcome, latency, now)
         if reason is not None:
-            self._open(reason, outcome is Outcome.FULL, now)
+            self._open(reason, outcome, now)
         elif was_probe:
             self._forget()
+            self._answers = 0
             self._enter(BreakerState.CLOSED, now)
 
     def statistics(self) -> BreakerStatistics:
         usual = None if self._usual is None else math.exp(self._usual)
-        return BreakerStatistics(self.state, self._openings, self._refused, self._reason, usual)
+        return BreakerStatistics(self.state, self._openings, self._refused, self._reason, usual, self._doubts)
 
     def _judge(self, outcome: Outcome, latency: float | None, now: float) -> str | None:
         """Why this call, one of many, opens it."""
@@ -156,6 +170,7 @@ class Breaker:
         if outcome is Outcome.FULL:
             return "the node is full"
         if not has_failed:
+            self._answers += 1
             self._in_a_row = self._late_in_a_row = 0
             return self._judge_latency(latency) if latency is not None else None
         self._in_a_row += 1
@@ -203,19 +218,29 @@ class Breaker:
         recent.append((now, has_failed))
         self._failed += has_failed
 
-    def _open(self, reason: str, is_full: bool, now: float) -> None:
+    def _open(self, reason: str, outcome: Outcome, now: float) -> None:
         settings = self._settings
-        if self.state is BreakerState.CLOSED and now - self._since >= settings.calm_s:
+        if self.state is BreakerState.CLOSED and (self._answers >= settings.calm_calls or now - self._since >= settings.calm_s):
             self._streak = 0
-        least, most = (settings.full_backoff_s, settings.full_backoff_most_s) if is_full else (settings.backoff_s, settings.backoff_most_s)
-        # 2.0 ** 1024 overflows; long before, the most is reached.
-        wait_s = min(most, least * 2.0 ** min(self._streak, 64)) * (1 + settings.jitter * (2 * self._chance() - 1))
-        self._streak += 1
-        self._openings += 1
-        self._reason = reason
+            self._has_doubted = False
+        if settings.doubts and outcome is Outcome.LATE and self.state is BreakerState.CLOSED and not (self._streak or self._has_doubted):
+            self._has_doubted = True
+            self._doubts += 1
+            wait_s = 0.0
+        else:
+            wait_s = self._backoff_s(outcome is Outcome.FULL)
+            self._streak += 1
+            self._openings += 1
+            self._reason = reason
         self._enter(BreakerState.OPEN, now)
         self._probe_at = now + wait_s
         self._forget()
+
+    def _backoff_s(self, is_full: bool) -> float:
+        settings = self._settings
+        least, most = (settings.full_backoff_s, settings.full_backoff_most_s) if is_full else (settings.backoff_s, settings.backoff_most_s)
+        # 2.0 ** 1024 overflows; long before, the most is reached.
+        return min(most, least * 2.0 ** min(self._streak, 64)) * (1 + settings.jitter * (2 * self._chance() - 1))
 
     def _enter(self, state: BreakerState, now: float) -> None:
         self.state = state
