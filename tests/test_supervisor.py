@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from functools import partial
+from itertools import pairwise
 
 import anyio
 import pytest
@@ -61,11 +62,46 @@ async def test_a_normal_end_is_final() -> None:
 
 
 @pytest.mark.anyio
+async def test_one_given_up_is_tried_again_and_given_up_at_once_where_that_fails() -> None:
+    crashing, escalations = Crashing(5), Escalations()
+    policy = EXACT(restarts=1, window_s=60.0, retry_s=100.0, escalate=escalations)
+    supervisor = make_supervisor(Child("a", crashing.run, policy))
+    await supervisor.run()
+    waits = [later - earlier for earlier, later in pairwise(crashing.began)]
+    assert waits == pytest.approx([1, 100, 100, 100, 100]), "not one crash after another, each with its traceback in the log"
+    assert len(escalations.seen) == 4
+    assert supervisor.statistics()["a"].state is ChildState.ENDED
+
+
+@pytest.mark.anyio
+async def test_one_that_was_tried_again_and_ran_for_long_may_crash_again() -> None:
+    crashing, escalations = Crashing(3), Escalations()
+
+    async def run() -> None:
+        if len(crashing.began) == 2:
+            await anyio.sleep(61)
+        await crashing.run()
+
+    await make_supervisor(Child("a", run, EXACT(restarts=1, window_s=60.0, retry_s=100.0, escalate=escalations))).run()
+    waits = [later - earlier for earlier, later in pairwise(crashing.began)]
+    assert waits == pytest.approx([1, 161, 1])
+    assert len(escalations.seen) == 1
+
+
+@pytest.mark.anyio
+async def test_tries_of_what_was_given_up_are_jittered() -> None:
+    crashing = Crashing(1)
+    policy = RestartPolicy(restarts=0, retry_s=60.0, escalate=Escalations())
+    await make_supervisor(Child("a", crashing.run, policy), chance=1.0).run()
+    assert crashing.began[1] - crashing.began[0] == pytest.approx(72)
+
+
+@pytest.mark.anyio
 async def test_backoff_doubles_up_to_its_most() -> None:
     crashing = Crashing(6)
     supervisor = make_supervisor(Child("a", crashing.run, EXACT(restarts=None, window_s=1e6)))
     await supervisor.run()
-    waits = [later - earlier for earlier, later in zip(crashing.began, crashing.began[1:], strict=False)]
+    waits = [later - earlier for earlier, later in pairwise(crashing.began)]
     assert waits == pytest.approx([1, 2, 4, 8, 8, 8])
     counted = supervisor.statistics()["a"]
     assert (counted.crashes, counted.restarts, counted.state) == (6, 6, ChildState.ENDED)
@@ -78,7 +114,7 @@ async def test_crashes_outside_the_window_are_forgotten() -> None:
     escalations = Escalations()
     policy = EXACT(restarts=1, window_s=60.0, escalate=escalations)
     await make_supervisor(Child("a", crashing.run, policy)).run()
-    waits = [later - earlier for earlier, later in zip(crashing.began, crashing.began[1:], strict=False)]
+    waits = [later - earlier for earlier, later in pairwise(crashing.began)]
     assert waits == pytest.approx([101] * 5)
     assert escalations.seen == []
 

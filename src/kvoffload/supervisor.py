@@ -24,6 +24,8 @@ class RestartPolicy:
 
     ``restarts`` None is for ever, 0 never. The n-th crash within the window waits ``backoff_s * 2 ** (n - 1)``, at most
     ``backoff_most_s``, give or take the share ``jitter`` (0 to 1) of it. ``escalate`` gets the child's name and the last exception.
+    After that it is tried again in ``retry_s``, give or take as much, and escalated at once should it crash within ``window_s``; None:
+    it is not.
     """
 
     restarts: int | None = 0
@@ -31,20 +33,24 @@ class RestartPolicy:
     backoff_s: float = 0.1
     backoff_most_s: float = 10.0
     jitter: float = 0.2
+    retry_s: float | None = None
     escalate: Callable[[str, BaseException], None] | None = None
     on_crash: Callable[[], Awaitable[None]] | None = None
 
     def __post_init__(self) -> None:
         if not (self.restarts is None or self.restarts >= 0):
             raise MisuseError(f"restarts must be None or at least 0, not {self.restarts}")
-        if not (self.window_s > 0 and 0 < self.backoff_s <= self.backoff_most_s and 0 <= self.jitter <= 1):
+        has_good_times = self.window_s > 0 and 0 < self.backoff_s <= self.backoff_most_s and (self.retry_s is None or self.retry_s > 0)
+        if not (has_good_times and 0 <= self.jitter <= 1):
             raise MisuseError(f"times must be positive, the least backoff at most the greatest, and jitter from 0 to 1: {self}")
 
     def wait_s(self, crashes: int, chance: float) -> float:
         """The backoff after that many crashes (>= 1) within the window; ``chance`` from 0 to 1 places it within the jitter."""
         # 2.0 ** 1024 overflows; long before, the most is reached.
-        wait_s = min(self.backoff_most_s, self.backoff_s * 2.0 ** min(crashes - 1, 64))
-        return wait_s * (1 + self.jitter * (2 * chance - 1))
+        return self.jittered(min(self.backoff_most_s, self.backoff_s * 2.0 ** min(crashes - 1, 64)), chance)
+
+    def jittered(self, seconds: float, chance: float) -> float:
+        return seconds * (1 + self.jitter * (2 * chance - 1))
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +137,7 @@ class Supervisor:
         """Run one child, again and again, until it ends for good."""
         policy, counted = child.policy, self._statistics[child.name]
         crashed_at: deque[float] = deque()
+        on_trial_until = -math.inf  # from when on a crash is one like others
         while True:
             counted.state = ChildState.RUNNING
             error = await self._run_once(child)
@@ -146,10 +153,15 @@ class Supervisor:
             counted.last_error = repr(error)
             log.error("child_crashed", child=child.name, crashes=len(crashed_at), error=repr(error), exc_info=error)
             await self._clean_up(child)
-            if policy.restarts is not None and len(crashed_at) > policy.restarts:
+            if policy.restarts is not None and (len(crashed_at) > policy.restarts or now < on_trial_until):
                 self._escalate(child, error)
-                return
-            await anyio.sleep(policy.wait_s(len(crashed_at), self._chance()))
+                if policy.retry_s is None:
+                    return
+                await anyio.sleep(policy.jittered(policy.retry_s, self._chance()))
+                crashed_at.clear()
+                on_trial_until = anyio.current_time() + policy.window_s
+            else:
+                await anyio.sleep(policy.wait_s(len(crashed_at), self._chance()))
             counted.restarts += 1
 
     async def _run_once(self, child: Child) -> BaseException | None:
