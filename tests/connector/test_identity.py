@@ -58,6 +58,10 @@ def test_equal_engines_are_equal(model: Path, usual: bytes) -> None:
         {"served_model_name": "other"},
         {"num_gpu_blocks_override": 40},
         {"distributed_executor_backend": "mp"},
+        {"prefix_caching_hash_algo": "sha256_cbor"},
+        {"model_loader_extra_config": {"enable_multithread_load": True, "num_threads": 2}},
+        {"safetensors_load_strategy": "eager"},
+        {"kernel_config": {"enable_jit_warmup": False}},
     ],
 )
 def test_what_does_not_matter(model: Path, usual: bytes, arguments: dict[str, Any]) -> None:
@@ -103,10 +107,40 @@ def test_another_process_agrees(model: Path, usual: bytes) -> None:
         {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3}},
         {"additional_config": {"a": 1}},
         {"kv_cache_dtype_skip_layers": ["0"]},
+        {"load_format": "hf"},
+        {"load_format": "pt"},
+        {"load_format": "mistral"},
+        {"load_format": "sharded_state"},
+        {"ignore_patterns": ["*.bin"]},
+        {"safetensors_load_strategy": "torchao"},
+        {"linear_backend": "triton"},
+        {"moe_backend": "triton"},
     ],
 )
 def test_one_engine_argument(model: Path, usual: bytes, arguments: dict[str, Any]) -> None:
     assert _digest(make_vllm_config(model, **arguments)) != usual
+
+
+@pytest.mark.parametrize(
+    "setting", ["enable_mixed_moe_lora_format", "enable_moe_shared_loras", "enable_tower_connector_lora", "target_modules"]
+)
+def test_one_setting_of_adapters(model: Path, setting: str) -> None:
+    usual = make_vllm_config(model, enable_lora=True)
+    other = copy.deepcopy(usual)
+    setattr(other.lora_config, setting, ["q_proj", "k_proj"] if setting == "target_modules" else True)
+    assert _digest(other) != _digest(usual)
+
+
+def test_a_models_own_code(model: Path) -> None:
+    config = copy.deepcopy(make_vllm_config(model))
+    config.model_config.hf_config.auto_map = {"AutoConfig": "configuration.Config"}
+    without = _digest(config)
+    config.model_config.trust_remote_code = True
+    assert _digest(config) != without
+
+
+def test_a_prefix_cache_that_is_off_may_have_any_hash(model: Path, usual: bytes) -> None:
+    assert _digest(make_vllm_config(model, enable_prefix_caching=False, prefix_caching_hash_algo="xxhash")) == usual
 
 
 def test_the_longest_prompt_matters_with_scaled_positions(model: Path) -> None:
@@ -177,12 +211,52 @@ def _quant_settings(directory: Path) -> None:
     (directory / "hf_quant_config.json").write_text("{}")
 
 
+def _index(directory: Path) -> None:
+    (directory / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+
+
+def _image_processor(directory: Path) -> None:
+    (directory / "preprocessor_config.json").write_text('{"image_mean": [0.5, 0.5, 0.5]}')
+
+
+def _processor(directory: Path) -> None:
+    (directory / "processor_config.json").write_text("{}")
+
+
+def _video_processor(directory: Path) -> None:
+    (directory / "video_preprocessor_config.json").write_text("{}")
+
+
+def _mistral_images(directory: Path) -> None:
+    (directory / "tekken.json").write_text('{"image": {"max_image_size": 512}}')
+
+
+def _second_encoder(directory: Path) -> None:
+    (directory / "whisper-large-v3").mkdir()
+    shutil.copy(directory / "model.safetensors", directory / "whisper-large-v3" / "model.safetensors")
+
+
 def _other_config(directory: Path) -> None:
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-6}))
 
 
-@pytest.mark.parametrize("change", [_flip_weight, _append_weight, _second_file, _quant_settings, _other_config])
+IN_THE_FILES = [
+    _flip_weight,
+    _append_weight,
+    _second_file,
+    _quant_settings,
+    _index,
+    _image_processor,
+    _processor,
+    _video_processor,
+    _mistral_images,
+    _second_encoder,
+    _other_config,
+]
+
+
+@pytest.mark.parametrize("change", IN_THE_FILES)
 def test_one_thing_in_the_files(model: Path, usual: bytes, tmp_path: Path, change: Callable[[Path], None]) -> None:
     directory = shutil.copytree(model, tmp_path / "copy")
     change(directory)
@@ -193,26 +267,15 @@ def test_another_seed_is_another_model(usual: bytes, tmp_path: Path) -> None:
     assert _digest(make_vllm_config(make_model(tmp_path, replace(TINY, seed=21)))) != usual
 
 
-def test_the_hub_commit_is_the_identity(model: Path, tmp_path: Path) -> None:
-    first, second = "a" * 40, "b" * 40
-    repository = tmp_path / "models--some--model"
-    for commit in (first, second):
-        shutil.copytree(model, repository / "snapshots" / commit)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(first)
-    config = copy.deepcopy(make_vllm_config(model))
-    config.model_config.model, config.load_config.download_dir = "some/model", str(tmp_path)
-    items, unidentified = namespace_items(config, make_kv_cache_config(config))
-    assert (items["weights"], unidentified) == ({"hub": ["some/model", first]}, [])
-    config.model_config.revision = second
-    assert namespace_items(config, make_kv_cache_config(config))[0]["weights"] == {"hub": ["some/model", second]}
-
-
 @pytest.mark.parametrize(
     ("change", "word"),
     [
         (lambda config, empty: setattr(config.load_config, "load_format", "dummy"), "random"),
         (lambda config, empty: setattr(config.load_config, "load_format", "tensorizer"), "tensorizer"),
+        (lambda config, empty: setattr(config.load_config, "load_format", "npcache"), "npcache"),
+        (lambda config, empty: setattr(config.load_config, "model_loader_extra_config", {"pattern": "../{part}"}), "pattern"),
+        (lambda config, empty: setattr(config.model_config.hf_config, "audio_model_id", "not/there"), "not/there"),
+        (lambda config, empty: setattr(config.cache_config, "prefix_caching_hash_algo", "xxhash"), "xxhash"),
         (lambda config, empty: setattr(config.model_config, "model_weights", "s3://somewhere"), "local files"),
         (lambda config, empty: setattr(config.model_config, "model", "not/there"), "hub cache"),
         (lambda config, empty: setattr(config.model_config, "model", str(empty)), "no weights files"),
@@ -227,18 +290,6 @@ def test_what_cannot_be_identified_is_named(model: Path, tmp_path: Path, change:
     items, unidentified = namespace_items(config, make_kv_cache_config(config))
     assert any(word in reason for reason in unidentified)
     namespace_digest(items)  # the rest still makes a namespace
-
-
-def test_multimodal_items_without_hashes(model: Path) -> None:
-    from vllm.config.multimodal import MultiModalConfig
-
-    config = copy.deepcopy(make_vllm_config(model))
-    config.model_config.multimodal_config = MultiModalConfig()
-    assert namespace_items(config, make_kv_cache_config(config))[1] == []
-    config.model_config.multimodal_config.mm_processor_cache_gb = 0
-    assert namespace_items(config, make_kv_cache_config(config))[1] == []  # prefix caching asks for hashes
-    config.cache_config.enable_prefix_caching = False
-    assert "no hashes" in namespace_items(config, make_kv_cache_config(config))[1][0]
 
 
 def test_the_origin_of_a_config_does_not_matter(model: Path) -> None:

@@ -11,6 +11,17 @@ from pathlib import Path
 from typing import BinaryIO
 
 _WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.gguf")
+_OF_SUBDIRECTORIES = ("whisper-large-v3/*.safetensors",)
+"""The one place below a model's directory that vLLM takes weights from (Kimi-Audio)."""
+_SETTINGS = ("*quant*.json", "*.index.json", "*processor*.json", "tekken.json")
+"""How weights are quantised, which files are loaded, what is made of an image (Mistral's tokenizers do that themselves)."""
+_CHOICES = {
+    "hf": ("*.safetensors", "*.bin", "*.pt"),
+    "pt": ("*.pt",),
+    "mistral": ("consolidated*.safetensors",),
+    **dict.fromkeys(("safetensors", "fastsafetensors", "instanttensor", "sharded_state"), ("*.safetensors",)),
+}
+"""vLLM loads the files of the first pattern that there are any of."""
 _SAMPLE_BYTES = 256
 _WHOLE_BYTES = 2048
 """A tensor up to this size is read whole: scales and biases are small, and decide much."""
@@ -41,16 +52,31 @@ def fingerprint_file(path: Path) -> bytes:
 
 
 def fingerprint_directory(directory: Path, *, with_code: bool = False) -> str | None:
-    """A digest of a directory's weights files and quantisation settings (and Python files ``with_code``); None without weights."""
+    """A digest of a directory's weights files and settings (and Python files ``with_code``); None without weights."""
     weights = _files(directory, _WEIGHT_FILES)
     if not weights:
         return None
     digest = blake2b(digest_size=32)
-    for path in weights:
-        digest.update(path.name.encode() + b"\0" + fingerprint_file(path))
-    for path in _files(directory, ("*quant*.json", *(("*.py",) if with_code else ()))):
-        digest.update(path.name.encode() + b"\0" + blake2b(path.read_bytes(), digest_size=32).digest())
+    for path in (*weights, *_files(directory, _OF_SUBDIRECTORIES)):
+        digest.update(path.relative_to(directory).as_posix().encode() + b"\0" + fingerprint_file(path))
+    digest.update(_whole(_files(directory, (*_SETTINGS, *(("*.py",) if with_code else ())))))
     return digest.hexdigest()
+
+
+def fingerprint_settings(directory: Path) -> str:
+    """A digest of the settings beside a model's weights: quantisation, index, processors of items."""
+    return _whole(_files(directory, _SETTINGS)).hex()
+
+
+def chosen_names(directory: Path, load_format: str) -> list[str]:
+    """The weights files right in ``directory`` that vLLM loads by ``load_format``, and the indexes that it chooses among them by."""
+    if load_format == "auto":
+        load_format = "mistral" if any(directory.glob(*_CHOICES["mistral"])) else "hf"
+    for pattern in _CHOICES.get(load_format, ()):
+        found = _files(directory, (pattern,))
+        if found:
+            return [path.name for path in (*found, *_files(directory, ("*.index.json",)))]
+    return [path.name for path in _files(directory, _WEIGHT_FILES)]
 
 
 def digest_whole(directory: Path) -> str:
@@ -81,16 +107,28 @@ def signature(directory: Path) -> Signature:
     return tuple(sorted(found))
 
 
-def hub_commit(repository: str, revision: str | None, cache_directory: str | None) -> str | None:
-    """The commit of a hub repository that is on this machine, the one that vLLM has loaded by now; None if there is none."""
+def hub_snapshot(repository: str, revision: str | None, cache_directory: str | None) -> Path | None:
+    """Where a hub's repository is on this machine, at the commit that vLLM has loaded by now (its name); None if it is not there."""
     from huggingface_hub import snapshot_download
 
     try:
-        snapshot = snapshot_download(repository, revision=revision, cache_dir=cache_directory, local_files_only=True)
+        snapshot = Path(snapshot_download(repository, revision=revision, cache_dir=cache_directory, local_files_only=True))
     except Exception:  # every way of not being there: no such name, no such file, offline
         return None
-    name = Path(snapshot).name
-    return name if re.fullmatch(r"[0-9a-f]{40}", name) else None
+    return snapshot if re.fullmatch(r"[0-9a-f]{40}", snapshot.name) else None
+
+
+def hub_commit(repository: str, revision: str | None, cache_directory: str | None) -> str | None:
+    """The commit of `hub_snapshot`."""
+    snapshot = hub_snapshot(repository, revision, cache_directory)
+    return None if snapshot is None else snapshot.name
+
+
+def _whole(paths: list[Path]) -> bytes:
+    digest = blake2b(digest_size=32)
+    for path in paths:
+        digest.update(path.name.encode() + b"\0" + blake2b(path.read_bytes(), digest_size=32).digest())
+    return digest.digest()
 
 
 def _files(directory: Path, patterns: tuple[str, ...]) -> list[Path]:
