@@ -134,6 +134,23 @@ async def test_many_at_once_over_few_connections(infinistore_shared: InfiniStore
         assert by_thread <= 1, "but for the second connection, which had to be made"
 
 
+async def test_calls_that_are_done_at_once_let_others_run(infinistore_shared: InfiniStoreServer) -> None:
+    async with node_at(infinistore_shared.port) as node:
+        turns = 0
+
+        async def take_turns() -> None:
+            nonlocal turns
+            while True:
+                turns += 1
+                await asyncio.sleep(0)
+
+        others = asyncio.ensure_future(take_turns())
+        for _ in range(300):
+            assert await node.find(["a"], soon()) == [False]
+        others.cancel()
+        assert turns > 10
+
+
 @pytest.mark.parametrize("count", [0, 1, 3, 250, 1000])
 @pytest.mark.parametrize("size", [1, 4096, 1 << 20, 5 << 20, 1 << 30])
 @pytest.mark.parametrize("connections", [1, 2, 4])
