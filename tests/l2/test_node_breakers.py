@@ -151,19 +151,19 @@ def test_others_that_were_late_as_well_are_not_taken_for_the_probe_nor_counted_a
 def test_a_doubt_that_the_probe_confirms_is_an_opening() -> None:
     told: list[str] = []
     breaker = ReadsBreaker(chance=lambda: 0.5)
-    breaker.on_opened = lambda: told.append("opened")
+    breaker.on_opened = lambda reason, wait_s: told.append(f"{reason}: {wait_s:.3g} s")
     breaker.on_closed = lambda: told.append("closed")
     breaker.record(Outcome.LATE, 0.05, 1.0)
     assert breaker.allow_probe(1.0)
     assert not told
     breaker.record(Outcome.FAILED, 0.01, 1.01)
-    assert told == ["opened"]
+    assert len(told) == 1
     assert not breaker.allow_probe(1.5)
     assert breaker.allow_probe(1.6)
     breaker.record(Outcome.FAILED, 0.01, 1.61)
     assert breaker.allow_probe(3.0)
     breaker.record(Outcome.DONE, 0.01, 3.1)
-    assert told == ["opened", "opened", "closed"]
+    assert told == ["the probe failed (FAILED): 0.5 s", "the probe failed (FAILED): 1 s", "closed"]
     assert breaker.statistics().openings == 2
 
 
@@ -180,10 +180,10 @@ def test_after_a_doubt_of_some_length_it_is_told_that_the_node_is_used_again() -
 def test_writes_are_told_of_as_well() -> None:
     told: list[str] = []
     breaker = TellingBreaker(chance=lambda: 0.5)
-    breaker.on_opened = lambda: told.append("opened")
+    breaker.on_opened = lambda reason, wait_s: told.append(f"{reason}: {wait_s:.3g} s")
     breaker.on_closed = lambda: told.append("closed")
     breaker.record(Outcome.DONE, 0.01, 1.0)
     breaker.record(Outcome.FULL, 0.01, 2.0)
     assert breaker.allow(1000.0)
     breaker.record(Outcome.DONE, 0.01, 1000.1)
-    assert told == ["opened", "closed"]
+    assert told == ["the node is full: 10 s", "closed"]

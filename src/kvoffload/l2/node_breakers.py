@@ -14,11 +14,12 @@ SHORT_S = 0.25
 
 
 class TellingBreaker(Breaker):
-    """Calls ``on_opened`` each time it opens, and ``on_closed`` when the node is used again after that, or after a longer doubt."""
+    """Calls ``on_opened`` each time it opens, with the reason and the seconds until the next probe, and ``on_closed`` when the node is
+    used again after that, or after a longer doubt."""
 
     def __init__(self, settings: BreakerSettings | None = None, *, chance: Callable[[], float] = random.random) -> None:
         super().__init__(settings, chance=chance)
-        self.on_opened: Callable[[], None] = lambda: None
+        self.on_opened: Callable[[str, float], None] = lambda reason, wait_s: None
         self.on_closed: Callable[[], None] = lambda: None
         self.on_doubt: Callable[[], None] = lambda: None
         """A probe may be made at once."""
@@ -29,7 +30,7 @@ class TellingBreaker(Breaker):
         super().record(outcome, seconds, now, values)
         if self._openings > openings:
             self._left_at = -math.inf
-            self.on_opened()
+            self.on_opened(self._reason or "", self._probe_at - now)
         elif self._doubts > doubts:
             self._left_at = now
             self.on_doubt()
