@@ -79,6 +79,29 @@ async def test_a_block_whose_value_was_evicted_can_be_written_again(infinistore_
         assert [bytes(item.buffer) for item in items] == [value_of(name, 5000) for name in wanted]
 
 
+async def test_what_is_discarded_loses_its_pointer(infinistore_shared: InfiniStoreServer) -> None:
+    wanted = [str(index) for index in range(600)]
+    async with node_at(infinistore_shared.port) as node:
+        assert await node.write(full(wanted, 100), soon()) == [DONE] * 600
+        await node.discard(wanted[:-1], soon())
+        assert infinistore_shared.stored() == 601
+        assert await node.find(wanted, soon()) == [False] * 599 + [True]
+        assert await node.write(full(wanted, 100), soon()) == [DONE] * 600
+
+
+async def test_a_server_that_freezes_over_a_discard_outlives_it(infinistore_server: InfiniStoreServer) -> None:
+    async with node_at(infinistore_server.port) as node:
+        assert await node.write(full(["a", "b"], 100), soon()) == [DONE] * 2
+        infinistore_server.stop()
+        started = time.monotonic()
+        await node.discard(["a"], soon(0.1))
+        assert time.monotonic() - started < 1.5
+        with anyio.move_on_after(0.05):
+            await node.discard(["b"], soon())
+        infinistore_server.cont()
+        assert await node.find(["a", "b"], soon()) == [False, True]  # the second had not begun
+
+
 LONG = 4 * MIB + 64
 """Of three parts."""
 

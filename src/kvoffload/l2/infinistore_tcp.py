@@ -28,7 +28,7 @@ from kvoffload.l2 import infinistore_native as native
 from kvoffload.l2 import infinistore_socket as wired
 from kvoffload.l2.infinistore_drive import Drive
 from kvoffload.l2.infinistore_lane import Lane, Report, Server
-from kvoffload.l2.infinistore_transfers import Find, Transfer
+from kvoffload.l2.infinistore_transfers import Discard, Find, Transfer
 from kvoffload.l2.infinistore_values import Read, Share, Write
 from kvoffload.l2.infinistore_wire import MOST_VALUE_BYTES
 from kvoffload.l2.node import Item, NodeUnreachable, Outcome
@@ -114,6 +114,11 @@ class InfiniStoreTcpNode:
 
     async def write(self, items: Sequence[Item], deadline: float) -> list[Outcome]:
         return await self._transfer(Write, items, deadline)
+
+    async def discard(self, names: Sequence[str], deadline: float) -> None:
+        """Their pointers: the values are evicted in time."""
+        if names:
+            await self._perform([Discard(deadline, names)], deadline)
 
     async def settle(self) -> None:
         """At once: nothing is ever unsettled."""

@@ -12,7 +12,7 @@ from ctypes import addressof, c_char
 
 from kvoffload.l2 import infinistore_native as native
 from kvoffload.l2 import infinistore_socket as wired
-from kvoffload.l2.infinistore_wire import Code, exist_request
+from kvoffload.l2.infinistore_wire import Code, delete_request, exist_request
 
 MOST_ASKED = 512
 """Questions sent at once: their answers, 4 KiB, fit into the server's send buffer whatever we do. It writes all that do not fit into
@@ -181,6 +181,30 @@ class Find(Asking):
                 return wired.OK
         self.found, self.seconds = found, time.perf_counter() - self._started
         return wired.OK
+
+
+class Discard(Asking):
+    """Of pointers, which may be deleted where they were read whole: they had been acknowledged, and one that another engine puts in the
+    place of one meanwhile arrives in one piece, so there is no half of it to trip over. What they pointed at is evicted in time."""
+
+    def __init__(self, deadline: float, names: Sequence[str]) -> None:
+        super().__init__(deadline)
+        self._names = names
+        self._parts: list[Questions] = []
+
+    def prepare(self) -> None:
+        names = [name.encode() for name in self._names]
+        self._parts = [Questions(delete_request(names[start : start + MOST_ASKED]), 1) for start in range(0, len(names), MOST_ASKED)]
+
+    def transfer(self, fd: int) -> int:
+        status: int = wired.OK
+        while self._parts and status == wired.OK:
+            status = self._ask(fd, self._parts[0])
+            if status == wired.OK:
+                del self._parts[0]
+                if self._control[wired.DISCARD]:
+                    break
+        return status
 
 
 class Questions:

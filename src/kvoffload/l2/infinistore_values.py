@@ -131,9 +131,8 @@ class Read(Share):
     def finish_exchange(self, fd: int) -> int:
         """Read the rest of an answer into nowhere; delete pointers whose value was evicted.
 
-        Such a pointer would stay for as long as somebody looks at it, and would keep the block from being written again. It may be
-        deleted: it was read whole, so it had been acknowledged, and one that another engine puts in its place meanwhile arrives in one
-        piece, so there is no half of it to trip over.
+        Such a pointer would stay for as long as somebody looks at it, and would keep the block from being written again. `Discard` says why
+        it may be deleted.
         """
         if not self._dangling:
             return super().finish_exchange(fd)
