@@ -32,7 +32,7 @@ class Drive:
     what is owed to the server, and there alone. From then on nothing here touches the caller's memory.
     """
 
-    __slots__ = ("_fd", "_is_over", "_lane", "_left_s", "_loop", "_on_over", "_reads", "_timer", "_transfer", "_writes")
+    __slots__ = ("_awaited", "_fd", "_is_over", "_lane", "_left_s", "_loop", "_on_over", "_timer", "_transfer")
 
     def __init__(
         self,
@@ -49,7 +49,8 @@ class Drive:
         self._left_s = left_s
         self._on_over = on_over
         self._fd = lane.fd
-        self._reads = self._writes = self._is_over = False
+        self._awaited: int | None = None
+        self._is_over = False
         self._timer: Timer | None = None
 
     def start(self) -> bool:
@@ -90,18 +91,13 @@ class Drive:
         return False
 
     def _can_await(self, status: int) -> bool:
-        is_writing = status == wired.AWAITS_ROOM
         try:
             if self._timer is None:
                 self._timer = self._loop.call_later(self._left_s(), self.leave)
-            if is_writing and not self._writes:
-                self._loop.add_writer(self._fd, self._go_on)
-            if self._writes and not is_writing:
-                self._loop.remove_writer(self._fd)
-            self._writes = is_writing
-            if not is_writing and not self._reads:
-                self._loop.add_reader(self._fd, self._go_on)
-                self._reads = True
+            if status != self._awaited:
+                self._unwatch()
+                (self._loop.add_writer if status == wired.AWAITS_ROOM else self._loop.add_reader)(self._fd, self._go_on)
+                self._awaited = status
         except (OSError, RuntimeError, NotImplementedError):  # no more may be watched; closed; a loop that cannot
             return False
         return True
@@ -112,7 +108,9 @@ class Drive:
         if self._timer is not None:
             self._timer.cancel()
         with suppress(RuntimeError):  # the loop was closed over it
-            if self._reads:
-                self._loop.remove_reader(self._fd)
-            if self._writes:
-                self._loop.remove_writer(self._fd)
+            self._unwatch()
+
+    def _unwatch(self) -> None:
+        awaited, self._awaited = self._awaited, None
+        if awaited is not None:
+            (self._loop.remove_writer if awaited == wired.AWAITS_ROOM else self._loop.remove_reader)(self._fd)
