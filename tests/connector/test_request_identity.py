@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import threading
 import time
@@ -14,7 +15,8 @@ import pytest
 from tests.connector.engines import make_request
 
 from kvoffload.connector import weights
-from kvoffload.connector.request_identity import NOTHING, RECENT_S, UNIDENTIFIED, RequestIdentity, field
+from kvoffload.connector.adapters import RECENT_S
+from kvoffload.connector.request_identity import NOTHING, UNIDENTIFIED, RequestIdentity, field
 from kvoffload.keys import KeyChain
 
 pytest.importorskip("vllm")
@@ -76,6 +78,11 @@ def _keys(request: Any, identity: RequestIdentity | None = None) -> list[bytes]:
     return chain.keys
 
 
+def _hash(word: str) -> str:
+    """As vLLM's hasher makes it of an item."""
+    return hashlib.sha256(word.encode()).hexdigest()
+
+
 def _item(identifier: str, offset: int, length: int = 4) -> Any:
     from vllm.multimodal.inputs import MultiModalFeatureSpec, PlaceholderRange
 
@@ -125,7 +132,7 @@ def test_salts_do_not_share() -> None:
 
 def test_an_item_counts_from_its_first_block_on() -> None:
     plain = _keys(make_request(TOKENS))
-    with_item = _keys(make_request(TOKENS, mm_features=[_item("picture", BLOCK + 2)]))
+    with_item = _keys(make_request(TOKENS, mm_features=[_item(_hash("picture"), BLOCK + 2)]))
     assert with_item[0] == plain[0]
     assert not set(with_item[1:]) & set(plain)
 
@@ -142,27 +149,65 @@ def test_an_item_counts_from_its_first_block_on() -> None:
     ],
 )
 def test_items_differ(one: list[tuple[str, int, int]], other: list[tuple[str, int, int]]) -> None:
-    first, second = (_keys(make_request(TOKENS, mm_features=[_item(*item) for item in items])) for items in (one, other))
+    first, second = (
+        _keys(make_request(TOKENS, mm_features=[_item(_hash(name), *place) for name, *place in items])) for items in (one, other)
+    )
     assert not set(first) & set(second)
 
 
 def test_an_item_over_several_blocks_marks_each() -> None:
     """By the chain a later block differs anyway; this is about what the block itself says."""
-    extras = RequestIdentity().extras(make_request(TOKENS, mm_features=[_item("wide", 10, 30), _item("inside", 12, 2)]))
+    extras = RequestIdentity().extras(make_request(TOKENS, mm_features=[_item(_hash("wide"), 10, 30), _item(_hash("inside"), 12, 2)]))
     assert callable(extras)
     spans = [extras(start, start + BLOCK) for start in range(0, 64, BLOCK)]
     assert [bool(span) for span in spans] == [True, True, True, False]
     assert spans[0] is not None
-    assert b"inside" in spans[0]
+    assert _hash("inside").encode() in spans[0]
     assert len(set(spans[:3])) == 3
 
 
-def test_an_item_without_identifier_has_no_keys() -> None:
+OF_A_CLIENT = ["img-0", _hash("x").upper(), _hash("x")[:-1], _hash("x") + "0", "adapter:" + _hash("x"), _hash("x") + "\n", "é" * 64]
+
+
+@pytest.mark.parametrize("identifier", OF_A_CLIENT)
+def test_a_name_of_the_clients_own_identifies_nothing(identifier: str) -> None:
+    """It may name another item in another session, or on another engine."""
     identity = RequestIdentity()
-    request = make_request(TOKENS, mm_features=[_item("", 2)])
-    assert identity.extras(request) is UNIDENTIFIED
-    assert _keys(request, identity) == []
-    assert identity.unidentified["a multimodal item without identifier"] == 2
+    request = make_request(TOKENS, mm_features=[_item(_hash("a"), 2), _item(identifier, BLOCK + 2), _item(_hash("b"), 2 * BLOCK)])
+    before = make_request(TOKENS, mm_features=[_item(_hash("a"), 2)])
+    assert _keys(request, identity) == _keys(before)[:1]  # what comes before it is shared all the same
+    assert identity.unidentified == {"a multimodal item named by the client": 1}
+
+
+def test_where_nothing_leaves_the_engine_a_clients_name_will_do() -> None:
+    """vLLM's own caches, which live as long, go by it too."""
+    one, same, other = (
+        _keys(make_request(TOKENS, mm_features=[_item(name, 2)]), RequestIdentity(is_shared=False)) for name in ("a", "a", "b")
+    )
+    assert one == same
+    assert len(one) == 4
+    assert not set(one) & set(other)
+
+
+@pytest.mark.parametrize("length", [64, 128])
+def test_the_hashes_of_all_of_vllms_hashers_are_taken(length: int) -> None:
+    assert len(_keys(make_request(TOKENS, mm_features=[_item("5e" * (length // 2), 2)]))) == 4
+
+
+@pytest.mark.parametrize("algorithm", ["blake3", "sha256", "sha512"])
+def test_vllms_own_hashes_are_taken(algorithm: Any) -> None:
+    from vllm.multimodal.hasher import MultiModalHasher
+
+    identifier = MultiModalHasher.hash_kwargs(algorithm, model_id="m", image=b"pixels")
+    assert len(_keys(make_request(TOKENS, mm_features=[_item(identifier, 2)]))) == 4
+
+
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_an_item_without_identifier_has_no_keys(is_shared: bool) -> None:
+    identity = RequestIdentity(is_shared=is_shared)
+    request = make_request(TOKENS, mm_features=[_item("", BLOCK + 2)])
+    assert _keys(request, identity) == _keys(make_request(TOKENS))[:1]
+    assert identity.unidentified["a multimodal item without identifier"] == 1
 
 
 def test_prompt_embeddings_are_hashed_block_by_block() -> None:
@@ -328,7 +373,7 @@ def test_a_check_that_began_before_a_request_proves_nothing_for_it(tmp_path: Pat
     first.start()
     assert files.begun.acquire(timeout=PATIENCE_S)  # it has the signature
     _change(directory, "files")
-    [adapter] = identity._adapters.values()
+    [adapter] = identity._adapters._adapters.values()
     wanted = adapter._wanted
     second = threading.Thread(target=lambda: answers.append(identity.extras(request)))
     second.start()
@@ -348,7 +393,7 @@ def test_a_request_that_waited_long_is_checked_again(tmp_path: Path) -> None:
     identity = _settled(_patient(), request)
     queued = identity.extras(request)
     assert callable(queued)
-    [adapter] = identity._adapters.values()
+    [adapter] = identity._adapters._adapters.values()
     _change(directory, "files")
     adapter._unchanged -= 2 * RECENT_S
     assert queued(0, BLOCK) is None

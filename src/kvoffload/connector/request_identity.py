@@ -5,21 +5,20 @@ Runs on vLLM's thread, but for all that touches adapters' files. Nothing of vLLM
 
 from __future__ import annotations
 
-import os
+import re
 import struct
-import threading
 import time
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable
 from hashlib import blake2b
 from itertools import accumulate
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Protocol
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
 from kvoffload.connector import weights
+from kvoffload.connector.adapters import LIMIT, RECENT_S, WAIT_S, Adapter, AdapterFiles, Adapters
 
 if TYPE_CHECKING:
     from vllm.lora.request import LoRARequest
@@ -36,37 +35,26 @@ def UNIDENTIFIED(start: int, end: int) -> None:
     """The extras of a request that cannot be identified. Given to a `KeyChain` all the same, it stops it before the first block."""
 
 
+_HASH: Final = re.compile(r"[0-9a-f]{64}|[0-9a-f]{128}").fullmatch
+"""What vLLM's hashers of media items make: blake3 and sha256, sha512."""
+
+
 _log = structlog.get_logger(__name__)
 
-WAIT_S: Final = 0.002
-"""How long a hook waits for a check of an adapter's files at most: on a local file system it takes a tenth of a millisecond."""
-
-RECENT_S: Final = 1.0
-"""A request that waited for longer before its first key is derived has its adapter checked again: the engine loads it only now."""
-
-LINGER_S: Final = 60.0
-"""How long an adapter's thread waits for its next request: to start one may take longer than `WAIT_S`, to wake it does not."""
-
-CHANGED: Final = "an adapter whose files changed"
-
-
-class AdapterFiles(Protocol):
-    """What is asked of an adapter's files; `weights` is one. Both may take for ever, and raise OSError."""
-
-    def signature(self, directory: Path) -> weights.Signature: ...
-
-    def digest_whole(self, directory: Path) -> str: ...
+_BY_CLIENT: Final = "a multimodal item named by the client"
+_Item = tuple[int, int, str]
+"""Offset, length, identifier, which is empty where the item is not identified."""
 
 
 class RequestIdentity:
     """Tells the extras of requests. Owns the digests of LoRA adapters."""
 
-    def __init__(self, files: AdapterFiles = weights, wait_s: float = WAIT_S) -> None:
-        self._files = files
-        self._wait_s = wait_s
-        self._adapters: dict[int, _Adapter] = {}
+    def __init__(self, files: AdapterFiles = weights, wait_s: float = WAIT_S, *, is_shared: bool = True, limit: int = LIMIT) -> None:
+        """``is_shared``: keys are used by other engines, or by later ones; else a client's own names for its media items will do."""
+        self._adapters = Adapters(files, wait_s, limit)
+        self._is_shared = is_shared
         self.unidentified: Counter[str] = Counter()
-        """Requests without keys, by reason."""
+        """Requests without keys, or without further ones from some block on, by reason."""
 
     def extras(self, request: Request) -> RequestExtras:
         """The extras of ``request``'s blocks, or `UNIDENTIFIED`. Ask again when a streaming session got new input."""
@@ -82,13 +70,15 @@ class RequestIdentity:
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until every adapter seen so far has its digest, or is doubted; False when the time ran out. Not for hooks."""
-        return all(adapter.settled.wait(timeout_s) for adapter in list(self._adapters.values()))
+        return self._adapters.wait(timeout_s)
 
     def _special(self, request: Request) -> RequestExtras:
         first = b""
         adapter = None
         if request.lora_request is not None:
-            adapter = self._adapter(request.lora_request)
+            adapter = self._adapters.seen(request.lora_request)
+            if adapter is None:
+                return self._cannot("more adapters than are remembered")
             if not adapter.is_proven(time.monotonic()) or adapter.digest is None:
                 return self._cannot(adapter.why_not())
             first += field(b"L", adapter.digest)
@@ -96,20 +86,43 @@ class RequestIdentity:
             return self._cannot("neither token ids nor embeddings")
         if request.cache_salt is not None:
             first += field(b"S", request.cache_salt.encode())
-        if any(not feature.identifier for feature in request.mm_features):
-            return self._cannot("a multimodal item without identifier")
-        return _BlockExtras(first, adapter, request)
+        return _BlockExtras(first, adapter, request, self._items(request, adapter) if request.mm_features else [])
 
     def _cannot(self, reason: str) -> RequestExtras:
-        self.unidentified[reason] += 1
+        self._count(reason)
         return UNIDENTIFIED
 
-    def _adapter(self, lora: LoRARequest) -> _Adapter:
-        known = self._adapters.get(lora.lora_int_id)
-        if known is None:
-            known = self._adapters[lora.lora_int_id] = _Adapter(lora, self._files, self._wait_s)
-        known.seen_as(lora)
-        return known
+    def _items(self, request: Request, adapter: Adapter | None) -> list[_Item]:
+        """The items by place. There are no keys from one on that is not identified."""
+        found: list[_Item] = []
+        reasons: set[str] = set()
+        for item in request.mm_features:
+            identifier = item.identifier
+            if not _HASH(identifier):
+                reason = self._item_reason(identifier, request.lora_request, adapter)
+                if reason:
+                    reasons.add(reason)
+                    identifier = ""
+            found.append((item.mm_position.offset, item.mm_position.length, identifier))
+        for reason in reasons:
+            self._count(reason)
+        found.sort()
+        return found
+
+    def _item_reason(self, identifier: str, lora: LoRARequest | None, adapter: Adapter | None) -> str:
+        """Why an item is not identified, or nothing. Where adapters change the encoder too, vLLM puts the adapter's name in front."""
+        if not identifier:
+            return "a multimodal item without identifier"
+        if lora is not None and adapter is not None and identifier.startswith(f"{lora.lora_name}:"):
+            identifier = identifier[len(lora.lora_name) + 1 :]
+            if not adapter.encodes_alone:
+                return "an item encoded with an adapter of whose name there are two"
+        return "" if _HASH(identifier) or not self._is_shared else _BY_CLIENT
+
+    def _count(self, reason: str) -> None:
+        self.unidentified[reason] += 1
+        if reason == _BY_CLIENT and self.unidentified[reason] == 1:
+            _log.warning("blocks from a media item on are neither saved nor loaded: leave out its uuid to have it hashed", why=reason)
 
 
 class _BlockExtras:
@@ -117,12 +130,12 @@ class _BlockExtras:
 
     __slots__ = ("_adapter", "_embeds", "_ends", "_first", "_is_token", "_items")
 
-    def __init__(self, first: bytes, adapter: _Adapter | None, request: Request) -> None:
+    def __init__(self, first: bytes, adapter: Adapter | None, request: Request, items: list[_Item]) -> None:
         self._first = first
         self._adapter = adapter
         self._embeds: Any = request.prompt_embeds
         self._is_token = request.prompt_is_token_ids
-        self._items = sorted((item.mm_position.offset, item.mm_position.length, item.identifier) for item in request.mm_features)
+        self._items = items
         # Items may overlap (audio within video), so their ends need not rise; the greatest end so far does.
         self._ends = list(accumulate((offset + length for offset, length, _ in self._items), max))
 
@@ -137,6 +150,8 @@ class _BlockExtras:
             if offset >= end:
                 break
             if offset + length > start:
+                if not identifier or (adapter is not None and ":" in identifier and not adapter.encodes_alone):
+                    return None
                 # Where the item begins relative to the block, so that the block knows which part of it it holds.
                 found += field(b"M", struct.pack("<qq", offset - start, length) + identifier.encode())
         if self._embeds is not None and start < len(self._embeds):
@@ -157,110 +172,3 @@ class _BlockExtras:
 def field(tag: bytes, content: bytes) -> bytes:
     """Tag, length, content: fields in a row cannot be read as other fields."""
     return tag + len(content).to_bytes(8, "little") + content
-
-
-class _Adapter:
-    """One LoRA adapter, by the number under which the engine keeps it. Its files are touched on threads of its own only.
-
-    The engine loads the files when it first runs the adapter, and again after having evicted it, at times that nobody tells us. So keys
-    are given only on proof: a check that began when the request was asked about, or later, found the files unchanged since before
-    they were digested. Whatever the engine loaded in between were then these very files. The first doubt is for good.
-
-    Nobody waits for such a check for more than ``wait_s``, nor at all after one that took longer, until one is quick again; a request
-    whose check is late has no keys. Not seen are files that are replaced between that check and the engine's loading them for the same
-    request: what is saved until the next check ends is under the old files' key. Nor ones replaced after the engine loaded them ahead
-    of the adapter's first request.
-    """
-
-    def __init__(self, lora: LoRARequest, files: AdapterFiles, wait_s: float) -> None:
-        self.settled = threading.Event()
-        """There is a digest, or a doubt."""
-        self.reason = ""
-        self.digest: bytes | None = None
-        self._name = (lora.lora_path, lora.is_3d_lora_weight)
-        self._files = files
-        self._wait_s = wait_s
-        self._signature: weights.Signature = ()
-        self._state = threading.Condition()  # never held over I/O
-        self._has_thread = False
-        self._is_slow = False
-        self._wanted = self._unchanged = float("-inf")
-        """What was asked for last, and the beginning of the last check that found no change."""
-
-    def seen_as(self, lora: LoRARequest) -> None:
-        if lora.load_inplace:
-            self._doubt("an adapter loaded in place")
-        elif (lora.lora_path, lora.is_3d_lora_weight) != self._name:
-            self._doubt("two adapters under one number")
-
-    def is_proven(self, since: float) -> bool:
-        """A check that began at ``since`` or later, by `time.monotonic`, found the files to be what ``digest`` was made of.
-
-        If none did, one is made; it is waited for a little, unless that is known to be in vain.
-        """
-
-        def is_decided() -> bool:
-            return bool(self.reason) or self._unchanged >= since
-
-        with self._state:
-            if not is_decided():
-                self._wanted = max(self._wanted, since)
-                self._state.notify_all()
-                if not self._has_thread:
-                    self._has_thread = True
-                    threading.Thread(target=self._run, name="kvoffload-adapter", daemon=True).start()
-                # Some tens of MB are read for the digest: that takes longer in any case.
-                if self.digest is not None and not self._is_slow:
-                    self._is_slow = not self._state.wait_for(is_decided, self._wait_s)
-            return not self.reason and self._unchanged >= since
-
-    def why_not(self) -> str:
-        if self.reason:
-            return self.reason
-        return "an adapter whose files are being read" if self.digest is None else "an adapter whose files were not checked in time"
-
-    def _doubt(self, reason: str) -> None:
-        with self._state:
-            is_first = not self.reason
-            self.reason = self.reason or reason
-            self._state.notify_all()
-        if is_first:
-            _log.warning("a LoRA adapter's KV is neither saved nor loaded", adapter=self._name[0], why=reason)
-        self.settled.set()
-
-    def _run(self) -> None:
-        """Check as long as there is somebody whom no check so far began late enough for."""
-        while True:
-            with self._state:
-                if not self._state.wait_for(lambda: self._wanted > self._unchanged, LINGER_S) or self.reason:
-                    self._has_thread = False
-                    return
-            began, is_first = time.monotonic(), self.digest is None
-            reason = self._look()
-            if reason:
-                self._doubt(reason)
-                continue
-            with self._state:
-                self._unchanged = began
-                self._is_slow = not is_first and time.monotonic() - began > self._wait_s
-                self._state.notify_all()
-            self.settled.set()
-
-    def _look(self) -> str:
-        """What is wrong with the files; nothing, if they have, or had the first time, the signature that they are digested under."""
-        try:
-            # As vLLM finds them; a path that is none of this machine's is a repository's name to it.
-            directory = Path(os.path.expanduser(self._name[0]))
-            found = self._files.signature(directory)
-            if self.digest is not None:
-                return "" if found == self._signature else CHANGED
-            digest = bytes.fromhex(self._files.digest_whole(directory)) + (b"3" if self._name[1] else b"2")
-            if self._files.signature(directory) != found:
-                return CHANGED
-        except (FileNotFoundError, NotADirectoryError):
-            return "an adapter that is no local directory" if self.digest is None else CHANGED
-        except (OSError, ValueError) as error:
-            return f"an adapter whose files cannot be read ({type(error).__name__})"
-        self._signature = found
-        self.digest = digest
-        return ""
