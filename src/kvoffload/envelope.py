@@ -124,11 +124,11 @@ class Envelope:
         head = self._head(key, rank)
         slot[:HEADER_BYTES] = np.frombuffer(head + self._tag(head, slot.data), np.uint8)
 
-    def verify(self, slot: NDArray[np.uint8], key: BlockKey, rank: int = 0) -> Fault | None:
+    def verify(self, slot: NDArray[np.uint8] | memoryview, key: BlockKey, rank: int = 0) -> Fault | None:
         """What is wrong with ``slot`` as the block ``key``, part ``rank``; None: it is that one. Changes nothing."""
         if len(slot) < self.value_bytes:
             return Fault.LENGTH
-        value = slot.data
+        value = slot.data if isinstance(slot, np.ndarray) else slot
         header = bytes(value[:HEADER_BYTES])
         head = self._head(key, rank)
         if compare_digest(header, head + self._tag(head, value)):

@@ -202,6 +202,46 @@ async def test_what_is_not_proven_is_not_fetched(rigs: list[PrefetcherRig], what
     assert rig.holds(0, 0)
     assert sum(actor.statistics.faults.values()) == 1
     assert fault is None or actor.statistics.faults == {fault: 1}
+    [(wrong,)] = [call.names for call in rig.node.calls if call.kind == "discard"]
+    assert wrong in (rig.name(1), rig.name(1, rank=1))
+    assert wrong not in rig.node.store.values, "it can be written again"
+    assert rig.node.count("find") + rig.node.count("read") == 1
+
+
+async def test_what_is_right_is_not_discarded(rigs: list[PrefetcherRig]) -> None:
+    rig = make_rig(rigs, ranks=2)
+    rig.store(0, 1)
+    rig.node.fail_name("read", rig.name(1), NodeFault.ERROR)
+    rig.post(fetch(1, 0, 1, 2))
+    await run_to_end(rig)
+    assert rig.answer() == FetchFinished(1, NODE, (0,), (2,), (1,))
+    assert rig.node.count("discard") == 0
+
+
+async def test_a_value_of_another_length_is_discarded(rigs: list[PrefetcherRig]) -> None:
+    rig = make_rig(rigs)
+    rig.store(0)
+    rig.node.fail_next("read", NodeFault.MALFORMED)
+    rig.post(fetch(1, 0))
+    await run_to_end(rig)
+    assert rig.answer() == FetchFinished(1, NODE, (), (), (0,))
+    assert rig.name(0) not in rig.node.store.values
+
+
+async def test_a_node_that_does_not_discard_holds_up_nobody(rigs: list[PrefetcherRig]) -> None:
+    rig = make_rig(rigs)
+    rig.store(0)
+    rig.node.fail_next("read", NodeFault.FLIPPED)
+    rig.node.fail_always("discard", NodeFault.NEVER)
+    rig.post(fetch(1, 0))
+    begun = anyio.current_time()
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(rig.actor().run)
+        await rig.until(lambda: bool(rig.out))
+        assert anyio.current_time() - begun < 0.5
+        rig.sender.close()
+    assert rig.answer() == FetchFinished(1, NODE, (), (), (0,))
+    assert anyio.current_time() - begun < 5
 
 
 @pytest.mark.parametrize("fault", [NodeFault.ERROR, NodeFault.MALFORMED, NodeFault.FULL])

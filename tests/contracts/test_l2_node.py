@@ -11,6 +11,7 @@ import pytest
 from anyio.lowlevel import checkpoint
 from tests.contracts.rigs import SLACK_S, Rig, are_right, empty, eventually, full, is_painted, opened, paint, serves, soon, timed, value_of
 
+from kvoffload.l2.infinistore_rdma import InfiniStoreRdmaNode
 from kvoffload.l2.node import Item, L2Node, NodeUnreachable, Outcome
 from kvoffload.testing.cancel import cancel_at_every_checkpoint
 
@@ -74,6 +75,25 @@ async def test_the_first_value_stays(rig: Rig) -> None:
             items = empty(names(3), 5000)
             assert await node.read(items, soon()) == [Outcome.DONE] * 3
             assert are_right(items, [Outcome.DONE] * 3)
+
+
+async def test_what_is_discarded_is_not_there_and_is_written_again(rig: Rig) -> None:
+    """Over RDMA it stays."""
+    async with opened(rig, 2) as (first, second):
+        await stored(first, names(3), 5000)
+        await second.discard([names(3)[1], "kvo1:test:nobody wrote this:r0"], soon())
+        is_gone = [False, True, False] if not isinstance(second, InfiniStoreRdmaNode) else [False] * 3
+        for node in (first, second):
+            assert await node.find(names(3), soon()) == [not gone for gone in is_gone]
+            expected = [Outcome.ABSENT if gone else Outcome.DONE for gone in is_gone]
+            assert await node.read(empty(names(3), 5000), soon()) == expected
+        await stored(first, names(3), 5000)
+        items = empty(names(3), 5000)
+        assert await second.read(items, soon()) == [Outcome.DONE] * 3
+        assert are_right(items, [Outcome.DONE] * 3)
+        await second.discard([], soon())
+        await second.discard(names(3), soon() - 100)
+        assert await first.find(names(3), soon()) == [True] * 3, "there was no time"
 
 
 @pytest.mark.parametrize("other", [1, 4999, 5001, 100_000])

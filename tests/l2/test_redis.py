@@ -8,18 +8,21 @@ import socket
 import ssl
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import anyio
 import pytest
 from tests.contracts.rigs import SLACK_S, are_right, empty, eventually, full, is_painted, paint, serves, soon, timed
 
+from kvoffload.envelope import Envelope, Fault
 from kvoffload.errors import UnsupportedError
 from kvoffload.l2.lanes import Call, ConnectError, Connector, Pool
-from kvoffload.l2.node import Item, NodeUnreachable, Outcome
+from kvoffload.l2.node import Item, NodeUnreachable, Outcome, value_name
 from kvoffload.l2.redis import RedisNode
 from kvoffload.l2.resp import RespSocket
+from kvoffload.l2.values import SlotBuffers, Values, seal
+from kvoffload.segment import Segment
 from kvoffload.testing.valkey import ValkeyServer, find_server, free_port
 
 pytestmark = [
@@ -90,6 +93,23 @@ async def test_an_empty_value_is_not_an_absent_one(server: ValkeyServer) -> None
     server.command("SET", "empty", "")
     async with node_at(server.url) as node:
         assert await node.read(empty(["empty", "none"], 5), soon()) == [MALFORMED, ABSENT]
+
+
+async def test_what_came_is_proven_by_the_threads_that_received_it(server: ValkeyServer) -> None:
+    with closing(Segment.create(8 * 4096, 4096)) as segment:
+        segment.populate_next()
+        envelope, buffers = Envelope(bytes(24), 4000), SlotBuffers([segment], 4000)
+        keys, slots = [bytes([number]) * 24 for number in range(6)], range(6)
+        seal(envelope, buffers, slots, keys)
+        async with node_at(server.url) as node:
+            await node.write(Values(buffers, "ns", slots, keys, is_writable=False), soon())
+            server.command("SETRANGE", value_name("ns", keys[2], 0), "3000", "altered")
+            server.command("DEL", value_name("ns", keys[4], 0))
+            values = Values(buffers, "ns", slots, keys, is_writable=True, envelope=envelope)
+            assert await node.read(values, soon()) == [DONE, DONE, DONE, DONE, ABSENT, DONE]
+        assert values.proven == bytes([1, 1, 1, 1, 0, 1])
+        assert values.faults == {2: Fault.TAG}
+        del values
 
 
 async def test_a_replica_takes_no_writes(server: ValkeyServer) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 from kvoffload.envelope import Envelope, Fault
 from kvoffload.errors import InternalError, MisuseError
-from kvoffload.l2.values import Names, SlotBuffers, Values, names_of, seal, verify
+from kvoffload.l2.values import Names, SlotBuffers, Values, names_of, seal
 from kvoffload.segment import Segment
 
 KEYS = [bytes([index]) * 24 for index in range(4)]
@@ -140,13 +140,47 @@ def test_values_are_made_by_who_looks_at_them(segments: list[Segment]) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_what_was_sealed_is_verified_by_slot_key_and_rank(segments: list[Segment], ranks: int) -> None:
-    envelope, slots = Envelope(bytes(24), 1000), SlotBuffers(segments[:ranks], 1000)
-    seal(envelope, slots, [2, 0], KEYS[:2])
-    assert verify(envelope, slots, [2, 0], KEYS[:2]) == [None] * 2 * ranks
-    assert verify(envelope, slots, [0, 2], KEYS[:2]) == [Fault.KEY] * 2 * ranks
+def test_what_was_sealed_is_proven_by_slot_key_and_rank(segments: list[Segment], ranks: int) -> None:
+    envelope, buffers = Envelope(bytes(24), 1000), SlotBuffers(segments[:ranks], 1000)
+    seal(envelope, buffers, [2, 0], KEYS[:2])
+
+    def proven(slots: list[int]) -> Values:
+        values = Values(buffers, "n", slots, KEYS[:2], is_writable=True, envelope=envelope)
+        values.prove(range(len(values)), lambda: False)
+        assert values.proven == b"\1" * 2 * ranks
+        return values
+
+    assert proven([2, 0]).faults == {}
+    assert proven([0, 2]).faults == dict.fromkeys(range(2 * ranks), Fault.KEY)
     segments[0].slot(0)[500] ^= 1
-    assert verify(envelope, slots, [2, 0], KEYS[:2]) == [None] * ranks + [Fault.TAG] + [None] * (ranks - 1)
+    assert proven([2, 0]).faults == {ranks: Fault.TAG}
+
+
+def test_what_is_proven_of_a_slice_is_known_of_the_whole(segments: list[Segment]) -> None:
+    envelope, buffers = Envelope(bytes(24), 1000), SlotBuffers(segments[:2], 1000)
+    seal(envelope, buffers, [2, 0, 1], KEYS[:3])
+    segments[1].slot(0)[500] ^= 1
+    values = Values(buffers, "n", [2, 0, 1], KEYS[:3], is_writable=True, envelope=envelope)
+    some = values[1::2]
+    assert isinstance(some, Values)
+    some.prove([1, 2], lambda: False)
+    assert values.proven == bytes([0, 0, 0, 1, 0, 1])
+    assert values.faults == {3: Fault.TAG}
+
+
+def test_who_is_stopped_proves_no_more(segments: list[Segment]) -> None:
+    envelope, buffers = Envelope(bytes(24), 1000), SlotBuffers(segments[:1], 1000)
+    seal(envelope, buffers, [0, 1, 2], KEYS[:3])
+    values = Values(buffers, "n", [0, 1, 2], KEYS[:3], is_writable=True, envelope=envelope)
+    stops = iter([False, False, True])
+    values.prove(range(3), lambda: next(stops))
+    assert values.proven == bytes([1, 1, 0])
+
+
+def test_without_an_envelope_nothing_is_proven(segments: list[Segment]) -> None:
+    values = Values(SlotBuffers(segments[:1], 1000), "n", [0], KEYS[:1], is_writable=True)
+    values.prove([0], lambda: False)
+    assert values.proven == b"\0"
 
 
 def test_views_are_of_the_segment_itself(segments: list[Segment]) -> None:

@@ -74,14 +74,17 @@ def damage(site: Site, names: list[str], how: Callable[[bytes, bytes], bytes], p
 
 @pytest.mark.parametrize("secret", [{}, SECRET], ids=["sums", "secret"])
 async def test_damaged_on_the_node(site: Site, secret: dict[str, Any]) -> None:
-    async with engine(site, **secret) as writer, engine(site, **secret) as reader:
+    """And written again by whoever computed it then: nobody would, if it stayed there."""
+    async with engine(site, **secret) as writer, engine(site, **secret) as reader, engine(site, **secret) as third:
         for prompt, (how, what) in enumerate(DAMAGES.values()):
             assert await writer.write(prompt) == COUNT
             damage(site, writer.names(prompt), how)
             assert await reader.load(prompt) == BAD, how
             assert seen(reader, what), f"{what} was not counted; {reader.node.reads}"
+            assert await reader.write(prompt) >= COUNT - BAD
+            await third.load_all(prompt)
         await serves(writer, reader)
-        for each in (writer, reader):
+        for each in (writer, reader, third):
             await each.check()
 
 
@@ -91,6 +94,7 @@ async def test_a_client_that_lies_about_reads(fault: NodeFault) -> None:
     async with engine(site) as writer, engine(site) as reader:
         assert await writer.write(OLD) == COUNT
         site.fail("read", fault)
+        site.fail("discard", NodeFault.ERROR)  # what is right there would go: to be lied to is no proof, but a miss is no harm
         assert await reader.load(OLD) == 0
         site.fail("read", NodeFault.NONE)
         await reader.load_all(OLD)

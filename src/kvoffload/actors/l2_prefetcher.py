@@ -12,16 +12,19 @@ import anyio
 from anyio.abc import TaskGroup
 
 from kvoffload.envelope import Envelope, Fault
-from kvoffload.errors import InternalError
+from kvoffload.errors import CapacityError, InternalError
 from kvoffload.l2.breaker import Breaker, overall
 from kvoffload.l2.budget import ByteBudget, Ticket
-from kvoffload.l2.node import L2Node, Outcome
-from kvoffload.l2.transfers import Turns, by_block, is_all_done
+from kvoffload.l2.node import L2Node, Outcome, value_name
+from kvoffload.l2.transfers import Turns, by_block, in_thread, is_all_done
 from kvoffload.l2.under_way import OpenBatches, Unsettled
-from kvoffload.l2.values import Names, SlotBuffers, Values, verify
+from kvoffload.l2.values import Names, SlotBuffers, Values
 from kvoffload.mailbox import EndOfMailbox, Receiver
 from kvoffload.messages import Batch, BlocksFound, Drain, FetchBlocks, FetchFinished, FindBlocks, FromL2, Node, ToL2Prefetcher
+from kvoffload.observe.logs import get_logger
 from kvoffload.observe.profiling import tagged
+
+log = get_logger("l2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +42,7 @@ class PrefetcherConfig:
     hash_threads: int = 2
     least_s: float = 0.001
     settle_timeout_s: float = 2.5
+    discard_timeout_s: float = 1.0
 
 
 @dataclass(slots=True)
@@ -46,7 +50,7 @@ class PrefetcherStatistics:
     """Totals, in blocks unless named otherwise; may outlive an actor, and be handed to the next.
 
     ``refused`` batches were answered without the node: it is out, draining, or behind; ``late`` ones found no room in time.
-    ``outcomes`` are of parts, ``faults`` of parts that came and were not what they should be.
+    ``outcomes`` are of parts, ``faults`` of parts that came and were not what they should be; those the node is asked to discard.
     """
 
     asked: int = 0
@@ -102,6 +106,7 @@ class L2Prefetcher:
         self._unsettled = Unsettled(node, config.name, report, slots.clear)
         self._budget = ByteBudget(config.inflight_bytes)
         self._is_draining = False
+        self._has_no_thread = False
 
     async def run(self) -> None:
         """Until the mailbox ends; once."""
@@ -205,6 +210,7 @@ class L2Prefetcher:
     # ------------------------------------------------------------ fetching
 
     async def _fetch(self, fetch: FetchBlocks, ticket: Ticket) -> None:
+        wrong: list[str] = []
         try:
             # Those that wait count as well: what they wait for is the same node that a write would keep busy.
             with self._turns.reading(), ticket:
@@ -212,20 +218,23 @@ class L2Prefetcher:
                 if not is_its_turn:
                     self.statistics.late += not self._is_draining
                 elif self._may_ask(fetch.deadline):
-                    await self._read(fetch, ticket)
+                    wrong = await self._read(fetch, ticket)
+            if wrong:
+                await self._node.discard(wrong, self._clock() + self._config.discard_timeout_s)
             if fetch.batch in self._unsettled:
                 await self._unsettled.settle()
         finally:
             self._answer_failed(fetch)
             self._open.close(fetch.batch)
 
-    async def _read(self, fetch: FetchBlocks, ticket: Ticket) -> None:
-        values = Values(self._slots, self._config.namespace, fetch.slots, fetch.keys, is_writable=True)
+    async def _read(self, fetch: FetchBlocks, ticket: Ticket) -> list[str]:
+        """Names of what the node has, and should not."""
+        values = Values(self._slots, self._config.namespace, fetch.slots, fetch.keys, is_writable=True, envelope=self._envelope)
         outcomes: list[Outcome] = []
         try:
             seconds = await self._read_values(values, fetch.deadline, outcomes)
             self._budget.give_back(ticket)
-            finished = await self._verify(fetch, outcomes, seconds)
+            finished, wrong = await self._verify(fetch, values, outcomes, seconds)
         except BaseException as error:
             # Cancelled, a call leaves nothing behind; what one that raised leaves, nobody knows.
             loose = fetch.slots if isinstance(error, Exception) else _unsettled_of(fetch.slots, outcomes, self._slots.ranks)
@@ -233,6 +242,7 @@ class L2Prefetcher:
             self._finish(FetchFinished(fetch.batch, self._config.name, (), (), left, loose))
             raise
         self._finish(finished)
+        return wrong
 
     async def _read_values(self, values: Values, deadline: float, outcomes: list[Outcome]) -> float:
         """Read in slices of at most what may be under way; seconds that it took."""
@@ -254,29 +264,45 @@ class L2Prefetcher:
         self.statistics.outcomes.update(outcomes)
         return self._record(outcomes, begun)
 
-    async def _verify(self, fetch: FetchBlocks, outcomes: list[Outcome], seconds: float) -> FetchFinished:
-        name, ranks = self._config.name, self._slots.ranks
-        whole: Sequence[int]
-        if is_all_done(outcomes):
-            whole, slots, keys = range(len(fetch.slots)), fetch.slots, fetch.keys
+    async def _verify(self, fetch: FetchBlocks, values: Values, outcomes: list[Outcome], seconds: float) -> tuple[FetchFinished, list[str]]:
+        """The answer, and the names of parts that are wrong. What nobody has proven is no part of a block that came."""
+        proven, faults, ranks = values.proven, values.faults, self._slots.ranks
+        is_whole = is_all_done(outcomes)
+        if not is_whole or proven.count(1) < len(proven):
+            left = [place for place, outcome in enumerate(outcomes) if outcome is Outcome.DONE and not proven[place]]
+            await self._prove(values, left)
+        if is_whole and proven.count(1) == len(proven) and not faults:
+            return FetchFinished(fetch.batch, self._config.name, fetch.slots, (), (), (), seconds), []
+        for place, outcome in enumerate(outcomes):
+            if outcome is Outcome.DONE and place in faults:
+                outcomes[place] = Outcome.MALFORMED
+                self.statistics.faults[faults[place]] += 1
+            elif outcome is Outcome.DONE and not proven[place]:
+                outcomes[place] = Outcome.FAILED
+        wrong = [place for place, outcome in enumerate(outcomes) if outcome is Outcome.MALFORMED]
+        names = [value_name(self._config.namespace, fetch.keys[place // ranks], place % ranks) for place in wrong]
+        return self._finished(fetch, by_block(outcomes, ranks), seconds), names
+
+    async def _prove(self, values: Values, places: Sequence[int]) -> None:
+        """What was not proven where it was received."""
+        if not places:
+            return
+        try:
+            await in_thread(self._hashing, values.prove, places, lambda: False)
+        except CapacityError as error:
+            if not self._has_no_thread:
+                log.error("blocks that came cannot be verified, and are misses", node=self._config.name, reason=str(error))
+            self._has_no_thread = True
         else:
-            whole = [index for index, outcome in enumerate(by_block(outcomes, ranks)) if outcome is Outcome.DONE]
-            slots, keys = tuple(fetch.slots[index] for index in whole), tuple(fetch.keys[index] for index in whole)
-        faults: list[Fault | None] = []
-        if slots:
-            faults = await anyio.to_thread.run_sync(verify, self._envelope, self._slots, slots, keys, limiter=self._hashing)
-        if len(whole) == len(fetch.slots) and faults.count(None) == len(faults):
-            return FetchFinished(fetch.batch, name, fetch.slots, (), (), (), seconds)
-        blocks = by_block(outcomes, ranks)
-        self.statistics.faults.update(fault for fault in faults if fault is not None)
-        for place, index in enumerate(whole):
-            if any(fault is not None for fault in faults[place * ranks : (place + 1) * ranks]):
-                blocks[index] = Outcome.MALFORMED
+            self._has_no_thread = False
+
+    def _finished(self, fetch: FetchBlocks, outcomes: Sequence[Outcome], seconds: float) -> FetchFinished:
+        """The answer, of what became of each block."""
         by_result: tuple[list[int], list[int], list[int], list[int]] = ([], [], [], [])
-        for slot, outcome in zip(fetch.slots, blocks, strict=True):
+        for slot, outcome in zip(fetch.slots, outcomes, strict=True):
             by_result[_RESULT.get(outcome, _FAILED)].append(slot)
         fetched, absent, failed, unsettled = map(tuple, by_result)
-        return FetchFinished(fetch.batch, name, fetched, absent, failed, unsettled, seconds)
+        return FetchFinished(fetch.batch, self._config.name, fetched, absent, failed, unsettled, seconds)
 
     # ------------------------------------------------------------ answers
 

@@ -12,15 +12,18 @@ import anyio
 from anyio.abc import TaskGroup
 
 from kvoffload.envelope import Envelope
-from kvoffload.errors import InternalError
+from kvoffload.errors import CapacityError, InternalError
 from kvoffload.l2.breaker import Breaker, overall
 from kvoffload.l2.node import L2Node, Outcome
-from kvoffload.l2.transfers import Turns, by_block, is_all_done
+from kvoffload.l2.transfers import Turns, by_block, in_thread, is_all_done
 from kvoffload.l2.under_way import OpenBatches, Unsettled
 from kvoffload.l2.values import SlotBuffers, Values, seal
 from kvoffload.mailbox import EndOfMailbox, Receiver, Reply
 from kvoffload.messages import Batch, BlockKey, Drain, Flush, FromL2, Node, ToL2Writer, WriteBlocks, WriteFinished
+from kvoffload.observe.logs import get_logger
 from kvoffload.observe.profiling import tagged
+
+log = get_logger("l2")
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,7 +221,12 @@ class L2Writer:
             return
         self.statistics.impatient += not await self._turns.wait_to_write(config.patience_s)
         values = Values(self._slots, config.namespace, piece.slots, piece.keys, is_writable=False)
-        await anyio.to_thread.run_sync(seal, self._envelope, self._slots, piece.slots, piece.keys, limiter=self._hashing)
+        try:
+            await in_thread(self._hashing, seal, self._envelope, self._slots, piece.slots, piece.keys)
+        except CapacityError as error:
+            log.error("blocks cannot be sealed, and are not written", node=config.name, blocks=len(piece.slots), reason=str(error))
+            self._breaker.record(Outcome.FAILED, 0.0, self._clock())
+            return
         try:
             outcomes = await self._write_values(values)
         except Exception:

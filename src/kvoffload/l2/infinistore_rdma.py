@@ -133,6 +133,9 @@ class InfiniStoreRdmaNode:
         """A value that another engine writes at the same time may be stored twice, which does no harm but to the server's room."""
         return await self._move(items, deadline, is_write=True)
 
+    async def discard(self, names: Sequence[str], deadline: float) -> None:
+        """Nothing: values are under their own names here, and a delete of one that another engine puts at that moment ends the server."""
+
     async def settle(self) -> None:
         for call in list(self._unsettled):
             await asyncio.wait([call.over])

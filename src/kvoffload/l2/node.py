@@ -61,6 +61,10 @@ class L2Node(Protocol):
     async def write(self, items: Sequence[Item], deadline: float) -> list[Outcome]:
         """Store each item's buffer under its name. One that is there already is left as it is, and DONE."""
 
+    async def discard(self, names: Sequence[str], deadline: float) -> None:
+        """Drop what the node has under these names: it was read whole, and is not what was written. Else it would stay, as nothing is
+        ever overwritten. Best effort: where that is not safe, or takes longer than the deadline, it is not done."""
+
     async def settle(self) -> None:
         """Wait until nothing reads or writes any buffer that was called UNSETTLED so far."""
 

@@ -24,7 +24,7 @@ from redis.exceptions import RedisError
 from kvoffload.errors import UnsupportedError
 from kvoffload.l2.lanes import Call, ConnectError, Connector, Piece, Pool
 from kvoffload.l2.node import Item, NodeUnreachable, Outcome
-from kvoffload.l2.redis_pieces import Address, AskSlots, Find, Ping, Read, Slots, Transfer, Write
+from kvoffload.l2.redis_pieces import Address, AskSlots, Discard, Find, Ping, Read, Slots, Transfer, Write
 from kvoffload.l2.resp import RespSocket
 from kvoffload.l2.values import Values
 from kvoffload.observe.logs import get_logger
@@ -115,6 +115,12 @@ class RedisNode:
     async def write(self, items: Sequence[Item], deadline: float) -> list[Outcome]:
         return await self._transfer(Write, items, deadline)
 
+    async def discard(self, names: Sequence[str], deadline: float) -> None:
+        def pieces(call: Call, places: Sequence[int]) -> list[Discard]:
+            return [Discard(call, _of(names, places))]
+
+        await self._ask_all(len(names), lambda at: names[at], pieces, deadline, is_urgent=False)
+
     async def settle(self) -> None:
         for call in list(self._unsettled):
             await call.quiet.wait()
@@ -176,7 +182,7 @@ class RedisNode:
         self,
         count: int,
         name_of: Callable[[int], str],
-        pieces: Callable[[Call, Sequence[int]], Sequence[Find | Transfer]],
+        pieces: Callable[[Call, Sequence[int]], Sequence[Find | Transfer | Discard]],
         deadline: float,
         *,
         is_urgent: bool,
@@ -287,7 +293,7 @@ class RedisNode:
         for server in set(self._pools) - servers:
             await self._pools.pop(server).close(0)
 
-    def _look_for_moves(self, pieces: Sequence[Find | Transfer]) -> None:
+    def _look_for_moves(self, pieces: Sequence[Find | Transfer | Discard]) -> None:
         """Does what became of these say that the table of slots is not right?"""
         if not self._is_cluster and any(piece.has_moved for piece in pieces):
             log.info("a server answered MOVED: taken for a cluster from now on", node=self._name, server=self._at(self._seed))

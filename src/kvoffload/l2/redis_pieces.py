@@ -8,6 +8,7 @@ from itertools import pairwise
 from kvoffload.l2.lanes import Call
 from kvoffload.l2.node import Item, Outcome
 from kvoffload.l2.resp import ProtocolError, RespSocket, bulk_length, command, commands
+from kvoffload.l2.values import Values
 
 Address = tuple[str, int]
 Slots = list[tuple[int, int, Address]]
@@ -83,7 +84,11 @@ class Transfer(_Piece):
             self._buffers = [_flat(buffer) for _, buffer in self._items]
 
     def forget(self) -> None:
+        self.prove()
         self._items, self._names, self._buffers = (), [], []
+
+    def prove(self) -> None:
+        """All came: verify it here, if it is of a kind that knows how."""
 
     def take(self, index: int, line: bytes, connection: RespSocket) -> None:
         self._outcomes[self._places[index]] = self.outcome(self._buffers[index], line, connection)
@@ -103,6 +108,11 @@ class Read(Transfer):
 
     def ask(self, connection: RespSocket) -> None:
         connection.send([commands(b"GET", self._names[self.answered :])])
+
+    def prove(self) -> None:
+        if isinstance(self._items, Values):
+            came = [index for index, place in enumerate(self._places) if self._outcomes[place] is Outcome.DONE]
+            self._items.prove(came, lambda: self.call.is_stopped)
 
     def take_some(self, connection: RespSocket) -> None:
         first = self.answered
@@ -178,6 +188,25 @@ class Find(_Piece):
             self._found[self._places[index]] = line == b":1"
         elif not line.startswith(b"-"):
             raise ProtocolError(f"not an answer to EXISTS: {line[:80]!r}")
+
+
+class Discard(_Piece):
+    """UNLINK, name by name: those of a cluster need not be on one server."""
+
+    def __init__(self, call: Call, names: Sequence[str]) -> None:
+        super().__init__(call, len(names))
+        self._names = names
+
+    def ask(self, connection: RespSocket) -> None:
+        connection.send([commands(b"UNLINK", [name.encode() for name in self._names[self.answered :]])])
+
+    def take_some(self, connection: RespSocket) -> None:
+        for line in connection.read_lines(self.count - self.answered):
+            self.take_line(line, connection)
+
+    def take(self, index: int, line: bytes, connection: RespSocket) -> None:
+        if not line.startswith((b":", b"-")):
+            raise ProtocolError(f"not an answer to UNLINK: {line[:80]!r}")
 
 
 class Ping(_Piece):

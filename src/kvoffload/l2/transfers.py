@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
 
 import anyio
+import anyio.to_thread
 
+from kvoffload.errors import CapacityError
 from kvoffload.l2.node import Outcome
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _GRAVEST = (Outcome.UNSETTLED, Outcome.FAILED, Outcome.LATE, Outcome.FULL, Outcome.MALFORMED, Outcome.ABSENT)
 
@@ -26,6 +32,24 @@ def by_block(outcomes: Sequence[Outcome], ranks: int) -> list[Outcome]:
         parts = outcomes[start : start + ranks]
         blocks.append(next((outcome for outcome in _GRAVEST if outcome in parts), Outcome.DONE))
     return blocks
+
+
+async def in_thread(limiter: anyio.CapacityLimiter, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """Run this in a worker thread, to its end whatever happens. Raises CapacityError where there can be no more threads: a limit on
+    processes or memory, which is no reason to end an actor."""
+    has_begun = False
+
+    def run() -> T:
+        nonlocal has_begun
+        has_begun = True
+        return function(*args, **kwargs)
+
+    try:
+        return await anyio.to_thread.run_sync(run, limiter=limiter)
+    except RuntimeError as error:
+        if has_begun:
+            raise
+        raise CapacityError(f"no thread to hash in: {error}") from error
 
 
 class Turns:

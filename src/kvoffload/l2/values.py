@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import cycle, repeat
 from typing import Protocol, Self, TypeVar, overload
@@ -76,11 +76,6 @@ def names_of(namespace: str, keys: Sequence[BlockKey], ranks: int) -> list[str]:
     return value_names(namespace, [key for key in keys for _ in range(ranks)], cycle(range(ranks)))
 
 
-def verify(envelope: Envelope, buffers: SlotBuffers, slots: Sequence[int], keys: Sequence[BlockKey]) -> list[Fault | None]:
-    """`Envelope.verify_all` of every rank's part of every block, for a worker thread."""
-    return envelope.verify_all(buffers.parts(slots, keys))
-
-
 def seal(envelope: Envelope, buffers: SlotBuffers, slots: Sequence[int], keys: Sequence[BlockKey]) -> None:
     """`Envelope.seal_all` of every rank's part of every block, for a worker thread."""
     envelope.seal_all(buffers.parts(slots, keys))
@@ -151,14 +146,30 @@ class Names(_Made[str]):
 class Values(_Made[Item]):
     """Every rank's part of every block, made when they are looked at: all of ``value_bytes``, all writable or none."""
 
-    def __init__(self, buffers: SlotBuffers, namespace: str, slots: Sequence[int], keys: Sequence[BlockKey], *, is_writable: bool) -> None:
-        """For a read writable; for a write not: whoever stores a slot cannot change it. Raises InternalError as `SlotBuffers.check`."""
+    def __init__(
+        self,
+        buffers: SlotBuffers,
+        namespace: str,
+        slots: Sequence[int],
+        keys: Sequence[BlockKey],
+        *,
+        is_writable: bool,
+        envelope: Envelope | None = None,
+    ) -> None:
+        """For a read writable; for a write not: whoever stores a slot cannot change it. With an ``envelope`` they may be `prove`n.
+
+        Raises InternalError as `SlotBuffers.check`.
+        """
         if len(slots) != len(keys):
             raise InternalError(f"{len(slots)} slots and {len(keys)} keys: a value needs one of each")
         super().__init__(len(slots) * buffers.ranks)
         self.value_bytes = buffers.value_bytes
         self.is_writable = is_writable
-        self._buffers, self._slots = buffers, slots
+        self._buffers, self._slots, self._keys, self._envelope = buffers, slots, keys, envelope
+        self.proven = bytearray(len(self))
+        """1 for each part that was verified where it was received, sound or not; of all parts, also in a slice."""
+        self.faults: dict[int, Fault] = {}
+        """What is wrong with which of them."""
         self._names = Names(namespace, keys, buffers.ranks)
         buffers.check(slots)
 
@@ -172,3 +183,18 @@ class Values(_Made[Item]):
         if not self.is_writable:
             views = [view.toreadonly() for view in views]
         return list(map(_item, zip(self._names._make(places), views, strict=True)))
+
+    def prove(self, which: Iterable[int], is_stopped: Callable[[], bool]) -> None:
+        """Verify these, counted within this slice, or as many as there is time for: by the thread that has just received all their bytes,
+        before it lets go of them. Others are received meanwhile; what is not proven here is by whoever asked for it."""
+        if self._envelope is None:
+            return
+        items, ranks = self._made(), self._buffers.ranks
+        for index in which:
+            if is_stopped():
+                return
+            place = self._places[index]
+            fault = self._envelope.verify(items[index].buffer, self._keys[place // ranks], place % ranks)
+            if fault is not None:
+                self.faults[place] = fault
+            self.proven[place] = 1

@@ -6,6 +6,7 @@ import random
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Literal
@@ -16,8 +17,8 @@ from anyio.lowlevel import checkpoint
 from kvoffload.errors import MisuseError
 from kvoffload.l2.node import Item, NodeUnreachable, Outcome
 
-Kind = Literal["find", "read", "write", "ping"]
-KINDS: tuple[Kind, ...] = ("find", "read", "write", "ping")
+Kind = Literal["find", "read", "write", "discard", "ping"]
+KINDS: tuple[Kind, ...] = ("find", "read", "write", "discard", "ping")
 
 
 class NodeFault(Enum):
@@ -222,6 +223,13 @@ class FakeNode:
 
     async def write(self, items: Sequence[Item], deadline: float) -> list[Outcome]:
         return await self._transfer("write", self._write_one, items, deadline)
+
+    async def discard(self, names: Sequence[str], deadline: float) -> None:
+        fault = self._enter("discard", names, deadline)
+        with anyio.move_on_after(deadline - self._clock()), suppress(_Lost):
+            await self._begin("discard", fault)
+            for name in names if fault is NodeFault.NONE else ():
+                self.store.values.pop(name, None)
 
     async def settle(self) -> None:
         mine = list(self._unsettled)
