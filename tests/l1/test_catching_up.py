@@ -237,16 +237,37 @@ def test_what_was_on_its_way_to_another_node_when_the_table_changed_is_written_t
     assert nodes.has["n1"] == set(A)
 
 
-def test_what_was_fetched_from_another_node_when_the_table_changed_is_written_to_its_own() -> None:
+@pytest.mark.parametrize("was_found", [True, False])
+def test_what_was_fetched_from_another_node_when_the_table_changed_is_written_to_its_own(was_found: bool) -> None:
     rig = RemoteRig(16, ONE)
     nodes = Nodes(rig)
     rig.ask(A)
-    rig.answer_finds()
+    if was_found:
+        rig.answer_finds()
     rig.send(NodesChanged(TestRing(names=("n1",), version=2)))
-    nodes.rest(0.5)
+    rig.answer_finds()
+    rig.advance(0.5)
+    assert [node for node, _ in rig.fetches] == ["n0"]
     rig.finish_fetches()
     nodes.rest()
     assert nodes.all() == set(A)
+
+
+def test_what_was_fetched_before_the_table_changed_and_waits_for_its_parent_is_written_to_its_own() -> None:
+    rig = RemoteRig(16, ONE)
+    nodes = Nodes(rig)
+    grant = rig.reserve(A[:1])
+    rig.ask(A)
+    rig.answer_finds()
+    rig.finish_fetches()
+    assert rig.slots_in(State.FILLED) == 5
+    rig.send(NodesChanged(TestRing(names=("n1",), version=2)))
+    nodes.rest()
+    assert not nodes.all()
+    rig.fill(grant)
+    nodes.rest()
+    assert nodes.all() == set(A)
+    assert rig.core.next_deadline() is None
 
 
 # ---------------------------------------------------------------- what it does not do
@@ -470,7 +491,7 @@ def test_others_have_their_turn_between_pieces() -> None:
             effects, slices = effects + core.go_on(now), slices + 1
         assert slices <= 2
         assert len(effects) <= 1
-        asked += sum(len(effect.message.keys) for effect in effects)  # type: ignore[union-attr]
+        asked += sum([len(effect.message.keys) for effect in effects])  # type: ignore[union-attr,misc]
         assert not core.handle(MatchPrefix("r", steps, (b"x" * 24,), now - 1.0), now)[0].message.slots  # type: ignore[union-attr]
         core.handle(ForgetRequest("r"), now)
         due = core.next_deadline()

@@ -33,7 +33,7 @@ SHARE = 8
 SCANNED = 1 << 14
 """Slots of which the state is looked at in one step."""
 
-_READY = int(State.READY)
+_FILLED, _READY = int(State.FILLED), int(State.READY)
 
 
 @dataclass(slots=True, eq=False)
@@ -81,7 +81,9 @@ class CatchingUp:
         self._walking: set[Node] = set()
         self._cursor: int | None = None  # where the walk is
         self._before: Ring | None = None  # which blocks were whose, while others' are looked for
-        self._begun_before: set[Batch] = set()  # transfers: they may yet mark a block for a node that is not its own any more
+        self._begun_before: set[Batch] = set()  # questions and transfers: they may yet mark a block for a node that is not its own any more
+        self._filled: list[int] | None = None  # what such a fetch brought, and cannot be READY yet; None: not looked for
+        self._is_settling = False  # there is such a thing, so there will be another walk
         self._stepped_at = -PACE_S
 
     def __len__(self) -> int:
@@ -109,11 +111,12 @@ class CatchingUp:
         if not remote.is_live or not ring.nodes:
             return
         self._before = None if is_whole else old
-        self._begun_before = {*remote.fetches, *remote.writes}
-        if parts.slots.counts[_READY]:
+        self._begun_before = {*remote.finds, *remote.fetches, *remote.writes}
+        self._is_settling = bool(self._begun_before or parts.slots.counts[_FILLED])
+        if parts.slots.counts[_READY] or self._is_settling:
             for address in ring.nodes:
                 self._begin(address.name, is_whole=is_whole or address not in known or address.name in unfinished)
-        elif not self._begun_before:
+        else:
             self._before = None
 
     def node_back(self, node: Node) -> Slices[None]:
@@ -138,7 +141,7 @@ class CatchingUp:
 
     def write_ended(self, message: WriteFinished) -> None:
         """A node that fails is left alone for a while; else there may be room for more."""
-        self.transfer_ended(message.batch)
+        self.batch_ended(message.batch)
         work = self._works.get(message.node)
         if message.failed or message.unsettled:
             self.later((message.node,))
@@ -148,21 +151,24 @@ class CatchingUp:
             work.pause_s = self._remote.config.retry_after_s
             self._wake(self._remote.now)
 
-    def transfer_ended(self, batch: Batch) -> None:
-        """A fetch or write has ended. When those have that began under another ring, what they said is looked at as well."""
+    def question_ended(self, batch: Batch) -> None:
+        """A match's question was answered; what it led to goes to the nodes that it asked, whatever the ring is now."""
+        if batch in self._begun_before:
+            self._begun_before |= self._remote.fetches.keys()
+            self.batch_ended(batch)
+
+    def batch_ended(self, batch: Batch) -> None:
+        """So has a fetch or write. When all have ended that began under another ring, what they marked is looked at as well."""
         if batch not in self._begun_before:
             return
         self._begun_before.discard(batch)
-        if self._begun_before:
-            return
-        for node in self._names():
-            work = self._works.get(node)
-            self._begin(node, is_whole=self._before is None or (work is not None and work.is_whole))
+        self._wake(self._remote.now)
 
     def end(self) -> None:
         """Nothing is caught up any more; answers that are still to come change nothing."""
         self._works.clear()
         self._begun_before.clear()
+        self._is_settling, self._filled = False, None
         self._stop_walking()
         self._before = None
         self.next_at = None
@@ -177,11 +183,15 @@ class CatchingUp:
         if not remote.is_live:
             self.end()
             return
+        if self._is_settling and not self._begun_before:
+            self._settle()
         has_walked = self._walk()
         if has_walked:
             yield
         has_done = self._serve_one() or has_walked
         self._stepped_at, self.next_at = remote.now, None
+        if self._is_settling and not self._begun_before:
+            self._wake(remote.now + IDLE_S)
         for work in self._works.values():
             self._wake(max(work.due, remote.now + (PACE_S if has_done else IDLE_S)))
 
@@ -229,8 +239,23 @@ class CatchingUp:
             raise InternalError(f"questions {asked - self._questions.keys()} are waited for, and were not asked")
         if self._works and (not self._remote.is_live or not self._parts.config.keeps):
             raise InternalError("nodes are caught up that must not be written")
+        if self._is_settling and not self._begun_before and self.next_at is None:
+            raise InternalError("nothing is left that began under another ring, and it will not be noticed")
         if self._cursor is None and self._walking:
             raise InternalError(f"nodes {self._walking} wait for a walk that has ended")
+
+    def _settle(self) -> None:
+        """When nothing is left that began under another ring: begin once more, for what it marked."""
+        state = self._parts.slots.state
+        if self._filled is None:
+            self._filled = np.flatnonzero(self._parts.slots.states == _FILLED).tolist()
+        self._filled = [slot for slot in self._filled if state[slot] == _FILLED]
+        if self._filled:
+            return
+        self._is_settling, self._filled = False, None
+        for node in self._names():
+            work = self._works.get(node)
+            self._begin(node, is_whole=self._before is None or (work is not None and work.is_whole))
 
     # ------------------------------------------------------------ the walk
 
@@ -260,7 +285,7 @@ class CatchingUp:
             for node in self._walking:
                 works[node].is_walked = True
             self._stop_walking()
-            if not self._begun_before:
+            if not self._is_settling:
                 self._before = None
         return True
 

@@ -277,10 +277,11 @@ class L1Core:
                     catching_up.found(message)
                 else:
                     yield from waiting.found(parts, remote, message)
+                    catching_up.question_ended(message.batch)
             case FetchFinished():
                 yield from fetching.finished(parts, remote, message)
                 yield from waiting.resume(parts, remote, message.batch)
-                catching_up.transfer_ended(message.batch)
+                catching_up.batch_ended(message.batch)
             case WriteFinished():
                 writing.finished(parts, remote, message)
                 catching_up.write_ended(message)
