@@ -12,7 +12,7 @@ import threading
 import time
 import zlib
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 
 import anyio
 import pytest
@@ -21,10 +21,13 @@ from tests.infinistore import raw
 from tests.infinistore.server import InfiniStoreServer, free_port
 from tests.l2.infinistore_liar import answer_of, code, is_value, liar
 
+from kvoffload.envelope import Envelope, Fault
 from kvoffload.errors import MisuseError
 from kvoffload.l2 import infinistore_wire as wire
 from kvoffload.l2.infinistore_tcp import InfiniStoreTcpNode
-from kvoffload.l2.node import Item, NodeUnreachable, Outcome
+from kvoffload.l2.node import Item, NodeUnreachable, Outcome, value_name
+from kvoffload.l2.values import SlotBuffers, Values, seal
+from kvoffload.segment import Segment
 
 pytestmark = pytest.mark.asyncio
 
@@ -77,6 +80,26 @@ async def test_a_block_whose_value_was_evicted_can_be_written_again(infinistore_
         items = empty(wanted, 5000)
         assert await node.read(items, soon()) == [DONE] * 3
         assert [bytes(item.buffer) for item in items] == [value_of(name, 5000) for name in wanted]
+
+
+@pytest.mark.parametrize("size", [4000, 5 * MIB // 2])
+async def test_what_came_is_proven_by_the_threads_that_received_it(infinistore_shared: InfiniStoreServer, size: int) -> None:
+    slot_bytes = 4096 * (size // 4096 + 1)
+    with closing(Segment.create(6 * slot_bytes, slot_bytes)) as segment:
+        while segment.populated_slots < 6:
+            segment.populate_next()
+        envelope, buffers = Envelope(bytes(24), size), SlotBuffers([segment], size)
+        keys, slots = [bytes([number]) * 24 for number in range(6)], range(6)
+        seal(envelope, buffers, slots, keys)
+        segment.slot(2)[3000] ^= 1
+        async with node_at(infinistore_shared.port, connections=2) as node:
+            await node.write(Values(buffers, "ns", slots, keys, is_writable=False), soon())
+            await node.discard([value_name("ns", keys[4], 0)], soon())
+            values = Values(buffers, "ns", slots, keys, is_writable=True, envelope=envelope)
+            assert await node.read(values, soon()) == [DONE, DONE, DONE, DONE, ABSENT, DONE]
+        assert values.proven == bytes([1, 1, 1, 1, 0, 1])
+        assert values.faults == {2: Fault.TAG}
+        del values
 
 
 async def test_what_is_discarded_loses_its_pointer(infinistore_shared: InfiniStoreServer) -> None:

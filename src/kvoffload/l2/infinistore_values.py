@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from array import array
 from bisect import bisect_left
 from collections.abc import Sequence
@@ -120,9 +121,15 @@ class Read(Share):
         return read(fd, len(self._keys), plan, address_of(arena), len(arena), cells, _SCRATCH_ADDRESS, outcomes, self._control_address)
 
     def conclude(self, status: int) -> None:
+        if status == wired.OK and isinstance(self._items, Values) and not self._control[wired.NOWAIT]:  # not on the loop
+            came = [index for index, outcome in enumerate(self._outcomes) if outcome == _DONE]
+            self._items.prove(came, self._is_over_time)
         super().conclude(status)
         if status == wired.OK and native.DANGLING in self._outcomes:
             self._dangling = [key for key, outcome in zip(self._keys, self._outcomes, strict=True) if outcome == native.DANGLING]
+
+    def _is_over_time(self) -> bool:
+        return bool(self._control[wired.STOP]) or time.monotonic_ns() >= self._control[wired.DEADLINE_NS]
 
     @property
     def is_unfinished(self) -> bool:
@@ -236,6 +243,7 @@ class Write(Share):
 
 
 _LATE = bytes([Outcome.LATE])
+_DONE = int(Outcome.DONE)
 _OUTCOMES = {int(outcome): outcome for outcome in Outcome}
 _SCRATCH = bytearray(wired.SCRATCH_BYTES)  # all threads write to it, and nobody reads it
 
