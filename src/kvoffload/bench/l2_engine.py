@@ -155,7 +155,7 @@ def _dead(load: Load, death: str, took: Sequence[float], alone: Sequence[float],
     """The first prompt may cost the deadline more than computing, whose own spread is allowed for; all later ones nothing."""
     computing, spread = statistics.median(alone), max(alone) - min(alone)
     first, deadline = took[0] - computing, deadline_s(load.length)
-    later = statistics.median(took[1:]) / computing
+    later = statistics.median([ours / theirs for ours, theirs in zip(took[1:], alone, strict=True)])  # pairs: the clock wanders
     return [
         Figure(
             FIRST.format(death),
@@ -179,6 +179,6 @@ def _dead(load: Load, death: str, took: Sequence[float], alone: Sequence[float],
             "x",
             f"<= {LATER_TARGET:g}",
             later <= LATER_TARGET,
-            f"median of {len(took) - 1}, in turn with as many that ask no node; the worst {max(took[1:]) * 1e3:.0f} ms",
+            f"median of {len(took) - 1} pairs with prompts that ask no node; the worst {max(took[1:]) * 1e3:.0f} ms",
         ),
     ]
