@@ -141,7 +141,7 @@ def test_others_that_were_late_as_well_are_not_taken_for_the_probe_nor_counted_a
     breaker.record(Outcome.LATE, 0.05, 1.0)
     assert breaker.allow_probe(1.0)
     breaker.record(Outcome.LATE, 0.05, 1.001)
-    assert breaker.state is BreakerState.HALF_OPEN
+    assert breaker.statistics().state is BreakerState.HALF_OPEN
     breaker.record(Outcome.DONE, 0.002, 1.002)
     breaker.record(Outcome.LATE, 0.05, 1.003)
     assert breaker.state is BreakerState.CLOSED

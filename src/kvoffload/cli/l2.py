@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 from urllib.error import URLError
 from urllib.parse import urlsplit
 from urllib.request import Request, urlopen
@@ -15,17 +16,22 @@ from urllib.request import Request, urlopen
 import anyio
 import anyio.to_thread
 import numpy as np
+from pydantic import SecretStr
 
 from kvoffload.cli.table import human_bytes, human_seconds
-from kvoffload.config import Config, L2Settings
+from kvoffload.config import Config, L2Settings, MembershipSettings
 from kvoffload.envelope import Envelope
 from kvoffload.errors import ConfigError, KVOffloadError, UnsupportedError
 from kvoffload.l2.node import Item, L2Node, NodeUnreachable, Outcome, value_name
 from kvoffload.l2.nodes import make_node
 from kvoffload.l2.ring import NodeAddress
+from kvoffload.l2.table_source import Scrubber
 from kvoffload.layout import HEADER_BYTES
 from kvoffload.runtime.nodes_now import nodes_now
 from kvoffload.segment import Segment
+
+if TYPE_CHECKING:
+    from redis.asyncio import Redis
 
 TIMEOUT_S = 5.0
 CHECK_BLOCKS = 8
@@ -99,10 +105,19 @@ async def _one(command: str, address: NodeAddress, settings: L2Settings, manage_
 
 
 async def _check(node: L2Node, segment: Segment) -> str:
-    """Write blocks, read them back, verify them. Their keys are random: nobody asks for them, and they leave as others come."""
+    """Write blocks, read them back, verify them. Their keys are random: nobody asks for them, and a Redis is told to drop them."""
     envelope = Envelope(secrets.token_bytes(24), CHECK_BYTES, secrets.token_bytes(32))
     keys = [secrets.token_bytes(24) for _ in range(CHECK_BLOCKS)]
     names = [value_name("check", key, 0) for key in keys]
+    try:
+        return await _write_and_read(node, segment, envelope, keys, names)
+    finally:
+        with anyio.CancelScope(shield=True):
+            # One without eviction would keep them for good. An InfiniStore's leave as others come.
+            await node.discard(names, time.monotonic() + TIMEOUT_S)
+
+
+async def _write_and_read(node: L2Node, segment: Segment, envelope: Envelope, keys: Sequence[bytes], names: Sequence[str]) -> str:
     slots = [segment.slot(index) for index in range(CHECK_BLOCKS)]
     for slot, key in zip(slots, keys, strict=True):
         slot[HEADER_BYTES:] = np.frombuffer(secrets.token_bytes(CHECK_BYTES), dtype=np.uint8)
@@ -140,16 +155,20 @@ async def _purge(address: NodeAddress, settings: L2Settings, manage_port: int) -
     host = urlsplit(address.url).hostname or ""
     if address.url.startswith("infinistore:"):
         return await anyio.to_thread.run_sync(_purge_infinistore, f"http://{f'[{host}]' if ':' in host else host}:{manage_port}/purge")
-    from redis.asyncio import Redis
-    from redis.exceptions import RedisError
-
     if "+cluster" in urlsplit(address.url).scheme:
         raise UnsupportedError("purging goes to single servers: name each master of the cluster with --node redis://...")
-    client = Redis.from_url(address.url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S)
+    # A namespace is followed by a dot and 12 hexadecimal digits; "prod" must not take "prod.eu" along.
+    pattern = f"kvo1:{settings.namespace}.{'?' * 12}:*" if settings.namespace else "kvo1:*"
+    return f"{await _purge_redis(address.url, pattern)} blocks removed"
+
+
+async def _purge_redis(url: str, pattern: str) -> int:
+    """Unlink what is named so; how many there were."""
+    from redis.exceptions import RedisError
+
+    client = _redis(url)
     removed = 0
     try:
-        # A namespace is followed by a dot and 12 hexadecimal digits; "prod" must not take "prod.eu" along.
-        pattern = f"kvo1:{settings.namespace}.{'?' * 12}:*" if settings.namespace else "kvo1:*"
         batch: list[bytes] = []
         async for name in client.scan_iter(match=pattern, count=1000):
             batch.append(name)
@@ -158,11 +177,26 @@ async def _purge(address: NodeAddress, settings: L2Settings, manage_port: int) -
                 batch.clear()
         if batch:
             removed += await client.unlink(*batch)
-    except RedisError as error:
-        raise NodeUnreachable(f"{type(error).__name__} while purging") from error
+    except (RedisError, OSError, TimeoutError, UnicodeError) as error:
+        without_secrets = Scrubber(MembershipSettings().model_copy(update={"url": SecretStr(url)}))
+        why = without_secrets(str(error) or type(error).__name__)
+        raise NodeUnreachable(f"purging ended after {removed} blocks: {why}") from error
     finally:
         await client.aclose()
-    return f"{removed} blocks removed"
+    return removed
+
+
+def _redis(url: str) -> Redis:
+    """A client, not connected. Raises UnsupportedError, whose text quotes nothing of the URL."""
+    from redis.asyncio import Redis
+
+    try:
+        client = Redis.from_url(url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S)
+        pool = client.connection_pool
+        pool.connection_class(**pool.connection_kwargs)  # an option that it does not know is said here, and not at the first use
+    except (TypeError, ValueError) as error:
+        raise UnsupportedError("its URL is none of a Redis server, or has an option that redis-py does not know or take") from None
+    return client
 
 
 def _purge_infinistore(url: str) -> str:
