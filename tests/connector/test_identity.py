@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 from fractions import Fraction
@@ -137,6 +137,33 @@ def test_a_models_own_code(model: Path) -> None:
     without = _digest(config)
     config.model_config.trust_remote_code = True
     assert _digest(config) != without
+
+
+@pytest.fixture
+def of_outside(model: Path) -> Iterator[Callable[[str], Any]]:
+    """An engine whose model is implemented as ``module:class`` says, which no vLLM brings."""
+    from vllm import ModelRegistry
+
+    def make(where: str) -> Any:
+        ModelRegistry.register_model("OfOutside", where)
+        config = copy.deepcopy(make_vllm_config(model))
+        config.model_config._model_info = replace(config.model_config._model_info, architecture="OfOutside")
+        return config
+
+    yield make
+    ModelRegistry.models.pop("OfOutside", None)
+
+
+def test_an_implementation_from_outside_vllm(usual: bytes, of_outside: Callable[[str], Any]) -> None:
+    """Plugins may replace vLLM's own; their packages' versions tell them apart."""
+    found = {_digest(of_outside(where)) for where in ("pytest.models:One", "pytest.models:Two", "numpy.models:One")}
+    assert len(found | {usual}) == 4
+
+
+def test_an_implementation_of_no_package(of_outside: Callable[[str], Any]) -> None:
+    config = of_outside("no_package_of_this_name:Model")
+    [reason] = namespace_items(config, make_kv_cache_config(config))[1]
+    assert "no_package_of_this_name" in reason
 
 
 def test_a_prefix_cache_that_is_off_may_have_any_hash(model: Path, usual: bytes) -> None:

@@ -98,6 +98,18 @@ def test_the_library_that_processes_items(model: Path, monkeypatch: pytest.Monke
     assert _digest(_config(model)) != images
 
 
+def test_items_that_another_engine_encodes(model: Path) -> None:
+    """Its weights and settings are not known here."""
+    from vllm.config.ec_transfer import ECTransferConfig
+
+    config = _config(model)
+    usual = _digest(config)
+    config.ec_transfer_config = ECTransferConfig(ec_connector="ECExampleConnector", ec_role="ec_producer")
+    assert _digest(config) == usual
+    config.ec_transfer_config = ECTransferConfig(ec_connector="ECExampleConnector", ec_role="ec_consumer")
+    assert "ec_transfer_config" in _why_not(config)
+
+
 def test_processors_of_the_repositorys_own(model: Path) -> None:
     usual = _digest(_config(model))
     config = _config(model)

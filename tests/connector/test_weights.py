@@ -87,6 +87,55 @@ def test_directories(tmp_path: Path) -> None:
     assert weights.fingerprint_directory(tmp_path) != usual
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("model.safetensors.index.json", "consolidated.safetensors.index.json", "quantization_config.json"),
+        *("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json", "tekken.json"),
+    ],
+)
+def test_settings_count_whole(tmp_path: Path, name: str) -> None:
+    _save(tmp_path / "a.safetensors")
+    without = weights.fingerprint_settings(tmp_path)
+    found = set()
+    for content in ("{}", '{"a": 1}'):
+        (tmp_path / name).write_text(content)
+        found.add((weights.fingerprint_directory(tmp_path), weights.fingerprint_settings(tmp_path)))
+    assert len({whole for whole, _ in found}) == 2
+    assert len({settings for _, settings in found} | {without}) == 3
+
+
+def test_tokenizers_and_templates_do_not_count(tmp_path: Path) -> None:
+    """Tokens are in the keys."""
+    _save(tmp_path / "a.safetensors")
+    usual = weights.fingerprint_directory(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "chat_template.jinja"):
+        (tmp_path / name).write_text("{}")
+    assert weights.fingerprint_directory(tmp_path) == usual
+
+
+@pytest.mark.parametrize(
+    ("load_format", "names"),
+    [
+        ("auto", ["consolidated.safetensors", "model.safetensors.index.json"]),
+        ("mistral", ["consolidated.safetensors", "model.safetensors.index.json"]),
+        ("hf", ["consolidated.safetensors", "model-1.safetensors", "model-2.safetensors", "model.safetensors.index.json"]),
+        ("pt", ["old.pt", "model.safetensors.index.json"]),
+        ("gguf", ["consolidated.safetensors", "model-1.safetensors", "model-2.safetensors", "old.bin", "old.pt"]),
+    ],
+)
+def test_the_files_that_a_format_chooses(tmp_path: Path, load_format: str, names: list[str]) -> None:
+    for name in ("model-1.safetensors", "model-2.safetensors", "consolidated.safetensors", "old.bin", "old.pt", "readme.md"):
+        (tmp_path / name).touch()
+    (tmp_path / "model.safetensors.index.json").touch()
+    assert weights.chosen_names(tmp_path, load_format) == names
+
+
+def test_older_files_are_chosen_where_there_are_no_others(tmp_path: Path) -> None:
+    (tmp_path / "pytorch_model.bin").touch()
+    assert [weights.chosen_names(tmp_path, it) for it in ("auto", "hf")] == [["pytorch_model.bin"]] * 2
+
+
 def test_whole_digest_and_signature(tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
     path.write_bytes(bytes(3 << 20))

@@ -65,6 +65,7 @@ def namespace_items(
     items.add("quantization", lambda: [model.quantization, plain(model.quantization_config)])
     items.add("lora", lambda: _lora(vllm_config))
     items.add("multimodal", lambda: _multimodal(model, cache))
+    items.add("encoder", lambda: _encoder(vllm_config))
     items.add("draft", lambda: model_files.draft_model(vllm_config))
     items.add("additional config", lambda: plain(vllm_config.additional_config) or None)
     items.add("kv dtype", lambda: [vllm_config.cache_config.cache_dtype, plain(vllm_config.cache_config.kv_cache_dtype_skip_layers)])
@@ -149,6 +150,12 @@ def _multimodal(model: ModelConfig, cache: CacheConfig) -> Any:
         "scales": _encoder_scales(config),
         "processing": model_files.item_processing(model),
     }
+
+
+def _encoder(vllm_config: VllmConfig) -> None:
+    transfer = vllm_config.ec_transfer_config
+    if transfer is not None and transfer.is_ec_consumer:
+        raise UnsupportedError("media items may be encoded by another engine, whose settings are not known here (ec_transfer_config)")
 
 
 def _encoder_scales(config: MultiModalConfig) -> str | None:

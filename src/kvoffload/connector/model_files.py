@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,6 +57,7 @@ def model_code(model: ModelConfig) -> Any:
         str(model.model_impl),
         plain(model.model_class_overrides),
         model.disable_sliding_window,
+        _implementation(model),
         own,
         _code_commit(model),
         _transformers() if model.using_transformers_backend() else None,
@@ -117,6 +119,20 @@ def _files(name: str, revision: str | None, load: LoadConfig, *, with_code: bool
     if snapshot is None:
         raise UnsupportedError(f"{name!r} is neither a directory nor in this machine's hub cache")
     return {"hub": [name, snapshot.name], "names": weights.chosen_names(snapshot, load.load_format)}
+
+
+def _implementation(model: ModelConfig) -> Any:
+    """The model's class, with its package's version, where a plugin or the user brings it; None where vLLM does."""
+    entry = model.registry.models.get(model._model_info.architecture)
+    found = getattr(entry, "model_cls", None)
+    module = str(getattr(entry, "module_name", None) or getattr(found, "__module__", ""))
+    package = module.partition(".")[0]
+    if package in ("", "vllm"):
+        return None
+    versions = {name: metadata.version(name) for name in metadata.packages_distributions().get(package, ())}
+    if not versions:
+        raise UnsupportedError(f"the model's implementation ({module}) is of no installed package, whose version would tell it apart")
+    return [module, getattr(entry, "class_name", None) or getattr(found, "__qualname__", None), versions]
 
 
 def _code_commit(model: ModelConfig) -> Any:
