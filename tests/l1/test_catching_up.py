@@ -331,11 +331,11 @@ def test_a_node_that_does_not_answer_is_asked_less_and_less() -> None:
 
 
 def test_nobody_is_written_more_at_once_than_leaves_room_for_what_is_being_saved() -> None:
-    keys = chain("c", 600)
-    rig = RemoteRig(2000, ONE, {"write_queue_blocks": 400})
+    keys = chain("c", 300)
+    rig = RemoteRig(600, ONE, {"write_queue_blocks": 200})
     nodes = Nodes(rig)
-    for at in range(0, 600, 200):
-        rig.save(keys[: at + 200], at)
+    for at in range(0, 300, 100):
+        rig.save(keys[: at + 100], at)
         nodes.answer()
     nodes.rest()
     nodes.has["n0"].clear()
@@ -350,23 +350,23 @@ def test_nobody_is_written_more_at_once_than_leaves_room_for_what_is_being_saved
         assert len(rig.finds) <= 1
         nodes.answer()
     assert nodes.all() == set(keys)
-    assert 0 < longest <= 400 // 8
+    assert 0 < longest <= 200 // 8
     assert not rig.remote.totals.write_dropped
 
 
 def test_it_waits_while_ordinary_writes_are_many() -> None:
-    rig = RemoteRig(2000, ONE, {"write_queue_blocks": 400})
+    rig = RemoteRig(200, ONE, {"write_queue_blocks": 80})
     nodes = Nodes(rig)
     rig.save(A)
     nodes.rest()
     nodes.has["n0"].clear()
-    rig.save(chain("c", 300))
+    rig.save(chain("c", 60))
     rig.send(NodeBack("n0"))
-    for _ in range(100):
+    for _ in range(20):
         rig.advance(IDLE_S)
     assert not rig.finds
     nodes.rest()
-    assert nodes.all() == {*A, *chain("c", 300)}
+    assert nodes.all() == {*A, *chain("c", 60)}
 
 
 def test_a_trigger_while_it_walks_begins_anew_for_that_node_and_no_other() -> None:
