@@ -194,7 +194,7 @@ def _redis(url: str) -> Redis:
         client = Redis.from_url(url, socket_timeout=TIMEOUT_S, socket_connect_timeout=TIMEOUT_S)
         pool = client.connection_pool
         pool.connection_class(**pool.connection_kwargs)  # an option that it does not know is said here, and not at the first use
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError):
         raise UnsupportedError("its URL is none of a Redis server, or has an option that redis-py does not know or take") from None
     return client
 
