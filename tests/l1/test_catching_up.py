@@ -253,6 +253,19 @@ def test_what_was_fetched_from_another_node_when_the_table_changed_is_written_to
     assert nodes.all() == set(A)
 
 
+def test_what_was_being_fetched_when_the_table_changed_again_and_again_is_written_to_its_own() -> None:
+    rig = RemoteRig(16, ONE)
+    nodes = Nodes(rig)
+    rig.ask(A)
+    rig.answer_finds()
+    for version in (2, 3, 4):
+        rig.send(NodesChanged(TestRing(names=("n1",), version=version)))
+    nodes.rest(0.5)
+    rig.finish_fetches()
+    nodes.rest()
+    assert nodes.all() == set(A)
+
+
 def test_what_was_fetched_before_the_table_changed_and_waits_for_its_parent_is_written_to_its_own() -> None:
     rig = RemoteRig(16, ONE)
     nodes = Nodes(rig)

@@ -105,7 +105,7 @@ class CatchingUp:
         if not parts.config.keeps:
             yield from self._forget_all()
             return
-        is_whole = old is None or self._before is not None
+        is_whole = old is None or self._before is not None or self._is_settling
         unfinished = {node for node, work in self._works.items() if work.is_whole}
         self.end()
         if not remote.is_live or not ring.nodes:
