@@ -86,6 +86,20 @@ def test_a_successor_in_doubts_place_has_no_keys(identity: RequestIdentity, tmp_
     assert _keys(identity, _request(2, tmp_path / "a")) == []
 
 
+@pytest.mark.parametrize("more", [{}, {"load_inplace": True}])
+@pytest.mark.parametrize(("name", "path"), [("sql", "b"), ("other", "a"), ("other", "b")])
+def test_a_successor_where_another_was_under_a_wrong_number(
+    identity: RequestIdentity, tmp_path: Path, name: str, path: str, more: dict[str, Any]
+) -> None:
+    """Adapter 1 came under another name or path for once, and vLLM's cache has kept under those what it made."""
+    for directory in ("a", "b"):
+        _write(tmp_path / directory, b"same")
+    _keys(identity, _request(1, tmp_path / "a"))
+    identity.extras(_request(1, tmp_path / path, name, **more))
+    assert _keys(identity, _request(2, tmp_path / path, name)) == []
+    assert _keys(identity, _request(3, tmp_path / "a")) == []
+
+
 def test_a_successor_in_another_format_has_no_keys(identity: RequestIdentity, tmp_path: Path) -> None:
     _keys(identity, _request(1, _write(tmp_path / "a", b"same")))
     assert _keys(identity, _request(2, tmp_path / "a", is_3d_lora_weight=True)) == []

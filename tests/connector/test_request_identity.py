@@ -340,6 +340,7 @@ def test_nobody_waits_for_a_file_system_that_hangs_from_the_start(tmp_path: Path
 
 
 def test_nobody_waits_for_a_file_system_that_hangs_later(tmp_path: Path) -> None:
+    threads = threading.active_count()
     files = Files()
     identity = RequestIdentity(files)
     request = make_request(TOKENS, lora_request=_lora(_adapter(tmp_path / "a")))
@@ -351,7 +352,7 @@ def test_nobody_waits_for_a_file_system_that_hangs_later(tmp_path: Path) -> None
     asked = [_asked_in_s(identity, request) for _ in range(200)]
     assert asked[0] < 0.5  # 2 ms, and what others take
     assert sorted(asked)[100] < 0.001  # the second one does not even wait for those
-    assert threading.active_count() < 20
+    assert threading.active_count() <= threads + 1
     assert identity.unidentified["an adapter whose files were not checked in time"] >= 200
     assert callable(running)
     assert running(BLOCK, 2 * BLOCK) is not None  # there is no doubt, only no proof for anything new

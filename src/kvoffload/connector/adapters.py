@@ -56,18 +56,28 @@ class Adapters:
         """The adapter of a request; None if it is one too many. For vLLM's thread: touches no file."""
         known = self._adapters.get(lora.lora_int_id)
         if known is None:
-            if len(self._adapters) >= self._limit:
+            if self._is_full():
                 return None
-            place = self._places.setdefault((lora.lora_name, lora.lora_path), _Cached())
-            encoded = self._encoded.setdefault(lora.lora_name, _Cached())
+            place, encoded = self._cached(lora)
             encoded.loaded += 1
             known = self._adapters[lora.lora_int_id] = Adapter(lora, self._files, self._wait_s, place, encoded)
-        known.seen_as(lora)
+        reason = known.seen_as(lora)
+        if reason and not self._is_full():
+            # vLLM's caches may keep, under what it is called now, what it made before. (None comes after it where there is no room.)
+            for cached in self._cached(lora):
+                cached.doubt(reason)
         return known
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until every adapter has its digest, or is doubted; False when the time ran out. Not for hooks."""
         return all(adapter.reason or adapter.settled.wait(timeout_s) for adapter in list(self._adapters.values()))
+
+    def _is_full(self) -> bool:
+        return max(len(self._adapters), len(self._places)) >= self._limit
+
+    def _cached(self, lora: LoRARequest) -> tuple[_Cached, _Cached]:
+        place = self._places.setdefault((lora.lora_name, lora.lora_path), _Cached())
+        return place, self._encoded.setdefault(lora.lora_name, _Cached())
 
 
 class _Cached:
@@ -126,7 +136,7 @@ class Adapter:
         self.settled = threading.Event()
         """There is a digest, or a doubt."""
         self.digest: bytes | None = None
-        self._name = (lora.lora_path, lora.is_3d_lora_weight)
+        self._name = (lora.lora_name, lora.lora_path, lora.is_3d_lora_weight)
         self._place = place
         self._encoded = encoded
         self._files = files
@@ -148,11 +158,16 @@ class Adapter:
         """Whether no other adapter can have made what vLLM keeps of the encoder's outputs under this one's name."""
         return self._encoded.is_one
 
-    def seen_as(self, lora: LoRARequest) -> None:
+    def seen_as(self, lora: LoRARequest) -> str:
+        """A request named it so; why that puts it in doubt, or nothing."""
+        reason = ""
         if lora.load_inplace:
-            self._doubt("an adapter loaded in place")
-        elif (lora.lora_path, lora.is_3d_lora_weight) != self._name:
-            self._doubt("two adapters under one number")
+            reason = "an adapter loaded in place"
+        elif (lora.lora_name, lora.lora_path, lora.is_3d_lora_weight) != self._name:
+            reason = "two adapters under one number"
+        if reason:
+            self._doubt(reason)
+        return reason
 
     def is_proven(self, since: float) -> bool:
         """A check that began at ``since`` or later, by `time.monotonic`, found the files to be what ``digest`` was made of.
@@ -186,7 +201,7 @@ class Adapter:
         with self._state:
             self._state.notify_all()
         if is_first:
-            _log.warning("a LoRA adapter's KV is neither saved nor loaded", adapter=self._name[0], why=reason)
+            _log.warning("a LoRA adapter's KV is neither saved nor loaded", adapter=self._name[0], path=self._name[1], why=reason)
         self.settled.set()
 
     def _run(self) -> None:
@@ -213,11 +228,11 @@ class Adapter:
         """What is wrong with the files; nothing, if they have, or had the first time, the signature that they are digested under."""
         try:
             # As vLLM finds them; a path that is none of this machine's is a repository's name to it.
-            directory = Path(os.path.expanduser(self._name[0]))
+            directory = Path(os.path.expanduser(self._name[1]))
             found = self._files.signature(directory)
             if self.digest is not None:
                 return "" if found == self._signature else CHANGED
-            digest = bytes.fromhex(self._files.digest_whole(directory)) + (b"3" if self._name[1] else b"2")
+            digest = bytes.fromhex(self._files.digest_whole(directory)) + (b"3" if self._name[2] else b"2")
             if self._files.signature(directory) != found:
                 return CHANGED
             self._encoded.holds(digest)
