@@ -105,10 +105,10 @@ class Liar:
 
 
 @asynccontextmanager
-async def liar() -> AsyncIterator[Liar]:
+async def liar(port: int = 0) -> AsyncIterator[Liar]:
     made = Liar()
     # With small buffers everywhere a value does not vanish into the kernel.
-    server = await asyncio.start_server(made.serve, "127.0.0.1", 0, limit=1 << 12)
+    server = await asyncio.start_server(made.serve, "127.0.0.1", port, limit=1 << 12)
     made.port = server.sockets[0].getsockname()[1]
     try:
         yield made

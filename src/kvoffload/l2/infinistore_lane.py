@@ -64,6 +64,8 @@ class Report:
     has_failed: bool = False
     """It had no connection and has none now: the next should not be tried at once."""
     has_ended: bool = False
+    connecting_for: Transfer | None = None
+    """It connects anew for this one, which nobody has claimed meanwhile: who calls must see to the deadline."""
 
 
 class Lane:
@@ -147,6 +149,10 @@ class Lane:
                 transfer.trouble = "it hung up at once, or spoke first: is this the data port of an InfiniStore server?"
                 transfer.conclude(wired.CLOSED)
                 break
+            # To connect may take longer than the caller has: until that is done it may be withdrawn.
+            is_claimed = False
+            transfer.give_back()
+            self._report(Report(self, connecting_for=transfer))
         return status
 
     def _finish(self, transfer: Transfer) -> int:

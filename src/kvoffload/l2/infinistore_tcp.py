@@ -211,6 +211,14 @@ class InfiniStoreTcpNode:
             if transfer.error is not None:
                 raise transfer.error
 
+    def _await_connection(self, transfer: Transfer) -> None:
+        """Not beyond its deadline."""
+        left_s = transfer.deadline - self._clock()
+        if transfer in self._waiting and (self._is_closed or left_s <= 0):
+            self._withdraw([transfer])
+        elif transfer in self._waiting and self._loop is not None:
+            self._loop.call_later(left_s, self._withdraw, [transfer])
+
     def _withdraw(self, transfers: Sequence[Transfer]) -> None:
         """What runs ends at its deadline by itself; what does not run never will."""
         for transfer in transfers:
@@ -320,6 +328,10 @@ class InfiniStoreTcpNode:
         if transfer is not None:
             self._trouble = transfer.trouble or self._trouble
             self._settle(transfer)
+        if report.connecting_for is not None:
+            self._drives.pop(report.connecting_for, None)
+            self._await_connection(report.connecting_for)
+            return
         if report.has_ended:
             self._lanes.discard(lane)
             if not self._lanes and self._all_ended is not None:

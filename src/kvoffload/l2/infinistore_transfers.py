@@ -58,6 +58,10 @@ class Transfer:
             return False
         return True
 
+    def give_back(self) -> None:
+        """Claimed, and nothing asked: whoever claims it next has it."""
+        self._ticket.append(None)
+
     def stop(self) -> None:
         """From the loop, while it runs."""
         self._control[wired.STOP] = 1
