@@ -1,4 +1,4 @@
-"""What each half tells vLLM's log line, about once a second: counters since the last time, and L1's occupancy."""
+"""What each half tells vLLM's log line, about once a second: counters since the last time, L1's occupancy, and nodes in trouble."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from kvoffload.l1.states import State
 if TYPE_CHECKING:
     from kvoffload.runtime.hosts import WorkerHost
     from kvoffload.runtime.hub import HubRuntime
+    from kvoffload.runtime.nodes_health import NodesHealth
 
 
 class SchedulerStatistics:
@@ -60,11 +61,27 @@ class SchedulerStatistics:
                     "l2_checked_blocks": l2.checked,
                     "l2_lacking_blocks": l2.lacking,
                 }
-            gauges = {"l1_used_blocks": l1.slots.get(State.READY, 0), "l1_capacity_blocks": l1.usable}
+            _tell_nodes(self._hub.nodes_health(), totals, gauges)
+            gauges |= {"l1_used_blocks": l1.slots.get(State.READY, 0), "l1_capacity_blocks": l1.usable}
         for name, total in totals.items():
-            found[name] = total - self._last.get(name, 0)
+            found[name] = max(0, total - self._last.get(name, 0))  # those of nodes go with them
         self._last = totals
         return {name: value for name, value in found.items() if value} | gauges
+
+
+def _tell_nodes(health: NodesHealth | None, totals: dict[str, int], gauges: dict[str, int]) -> None:
+    """What is wrong with nodes, or with the table of them: all 0 where nothing is, which the line leaves out."""
+    if health is None:
+        return
+    totals |= {f"l2_wrong_{fault.value}_values": count for fault, count in health.faults.items()}
+    totals["l2_membership_failures"] = health.membership.failures
+    is_old = health.membership.last_error is not None
+    gauges |= {
+        "l2_nodes_left_alone": health.left_alone,
+        "l2_nodes_not_written": health.unwritten,
+        "l2_nodes_out": health.out,
+        "l2_membership_age_s": round(health.membership.age_s or 0) if is_old else 0,
+    }
 
 
 def worker_statistics(side: WorkerSide, host: WorkerHost | None) -> dict[str, Any] | None:

@@ -7,7 +7,16 @@ from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
 
-GAUGES = frozenset({"l1_used_blocks", "l1_capacity_blocks"})
+GAUGES = frozenset(
+    {
+        "l1_used_blocks",
+        "l1_capacity_blocks",
+        "l2_nodes_left_alone",
+        "l2_nodes_not_written",
+        "l2_nodes_out",
+        "l2_membership_age_s",
+    }
+)
 """Names whose newest value counts; all others add up."""
 
 

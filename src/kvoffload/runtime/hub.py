@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from kvoffload.l1.remote import RemoteConfig
     from kvoffload.runtime.l2 import L2Runtime, MakeNode
     from kvoffload.runtime.node_actors import NodeStatistics
+    from kvoffload.runtime.nodes_health import NodesHealth
     from kvoffload.runtime.shared import Shared
 
 log = get_logger("hub")
@@ -269,6 +270,10 @@ class HubRuntime:
     def node_statistics(self) -> dict[Node, NodeStatistics]:
         """Of each node of the second tier; empty where there is none. As of now, from any thread."""
         return self._opened.l2.statistics() if self._opened is not None and self._opened.l2 is not None else {}
+
+    def nodes_health(self) -> NodesHealth | None:
+        """Of the second tier; None where there is none. As of now, from any thread."""
+        return self._opened.l2.health() if self._opened is not None and self._opened.l2 is not None else None
 
     @property
     def knows_nodes(self) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import anyio
 
+from kvoffload.envelope import Fault
 from kvoffload.l2.node import L2Node, NodeUnreachable, Outcome
 from kvoffload.l2.node_breakers import ReadsBreaker, TellingBreaker
 from kvoffload.messages import Node
@@ -32,6 +33,8 @@ class NodeLog:
         self._clock = clock
         self._told: set[str] = set()  # what of it is left alone, as far as the log says
         self._told_at: float | None = None
+        self._faults: dict[Fault, int] = {}
+        self._told_faults_at: float | None = None
 
     def left_alone(self, what: str, reason: str, wait_s: float, trouble: str | None = None) -> None:
         """To be called at each opening: one that was too soon after the last is told of later, if it lasts."""
@@ -48,6 +51,16 @@ class NodeLog:
             self._told.remove(what)
             log.warning("node used again", node=self._name, after=what)  # seen wherever its trouble was
 
+    def wrong_values(self, faults: Mapping[Fault, int]) -> None:
+        """``faults``: of its values, so far."""
+        now = self._clock()
+        if faults == self._faults or (self._told_faults_at is not None and now - self._told_faults_at < TOLD_S):
+            return
+        counts = {f"wrong_{fault.value}": more for fault, count in faults.items() if (more := count - self._faults.get(fault, 0))}
+        self._faults = dict(faults)
+        self._told_faults_at = now
+        log.warning("node sent values that are not what was written: they are misses", node=self._name, **counts)
+
 
 class NodeWatch:
     """Owns: the probes of a node's reads. Receives: what its breakers say. Sends: ``back``, when it is used again. Ends: when cancelled."""
@@ -58,13 +71,15 @@ class NodeWatch:
         reading: ReadsBreaker,
         writing: TellingBreaker,
         back: Callable[[], None],
+        faults: Mapping[Fault, int] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """``clock`` is that of the breakers, and of the node's deadlines."""
+        """``faults`` of the node's values so far, a live object; ``clock`` is that of the breakers, and of the node's deadlines."""
         self._node = node
         self._reading = reading
         self._back = back
         self._clock = clock
+        self._faults: Mapping[Fault, int] = faults if faults is not None else {}
         self._log = NodeLog(node.name, clock)
         self._doubted = anyio.Event()
         self._trouble: str | None = None
@@ -81,6 +96,8 @@ class NodeWatch:
                 await self._doubted.wait()
             self._doubted = anyio.Event()
             begun = self._clock()
+            if self._faults:
+                self._log.wrong_values(self._faults)
             if self._reading.allow_probe(begun):
                 outcome = await self._probe(begun)
                 now = self._clock()
