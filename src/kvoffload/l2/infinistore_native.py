@@ -9,19 +9,17 @@ What each is made of, and how it is interrupted: `infinistore_socket`.
 
 from __future__ import annotations
 
-import zlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-import numba
 from numba import types
 from numba.extending import register_jitable
 
-from kvoffload.errors import UnsupportedError
-from kvoffload.l2 import infinistore_socket, infinistore_wire
+from kvoffload.l2 import infinistore_socket, infinistore_wire, system_calls
+from kvoffload.l2.compiled import compiled, digest_of
 from kvoffload.l2.infinistore_socket import (
     CLOSED,
     CONTROL_WORDS,
@@ -46,14 +44,10 @@ from kvoffload.l2.infinistore_socket import (
     has_time,
     look,
     next_phase,
-    octets,
     quick_ack,
     receive_all,
     receive_codes,
-    recv,
     send_all,
-    word32,
-    words,
 )
 from kvoffload.l2.infinistore_wire import (
     MOST_PART_BYTES,
@@ -66,7 +60,7 @@ from kvoffload.l2.infinistore_wire import (
     Code,
 )
 from kvoffload.l2.node import Outcome
-from kvoffload.observe.logs import get_logger
+from kvoffload.l2.system_calls import octets, recv, word32, words
 
 REQUEST, REQUEST_BYTES, VALUE, VALUE_BYTES, SECOND, SECOND_BYTES, NONCE = range(7)
 """Columns of a plan: addresses and lengths, but for `NONCE`, the nonce's place in the arena (of reads). ``VALUE``: the caller's memory.
@@ -265,35 +259,20 @@ class Loops:
 @cache
 def loops() -> Loops:
     """Compile now (some seconds; milliseconds when an earlier process left it in numba's cache). Raises UnsupportedError."""
-    if numba.config.DISABLE_JIT:
-        raise UnsupportedError("NUMBA_DISABLE_JIT is set: transfers would be interpreted code")
-    digest = _digest()
+    digest = digest_of(sys.modules[__name__], infinistore_socket, infinistore_wire, system_calls)
     ask, read, write = _entries(digest, 0)
     ask_at_once, read_at_once, _ = _entries(digest, 1)
     return Loops(
-        ask=_compile(ask, _ASK),
-        read=_compile(read, _READ),
-        write=_compile(write, _WRITE),
-        ask_at_once=_compile(ask_at_once, _ASK, keeps_lock=True),
-        read_at_once=_compile(read_at_once, _READ, keeps_lock=True),
+        ask=compiled(ask, _ASK),
+        read=compiled(read, _READ),
+        write=compiled(write, _WRITE),
+        ask_at_once=compiled(ask_at_once, _ASK, keeps_lock=True),
+        read_at_once=compiled(read_at_once, _READ, keeps_lock=True),
     )
 
 
-def _digest() -> int:
-    """Of everything that is compiled into the loops."""
-    digest = 0
-    for module in (__file__, infinistore_socket.__file__, infinistore_wire.__file__):
-        try:
-            digest = zlib.crc32(Path(module).read_bytes(), digest)
-        except OSError as error:
-            raise UnsupportedError(f"transfers of InfiniStore are compiled from their source, which cannot be read: {error}") from error
-    return digest
-
-
 def _entries(digest: int, lock: int) -> tuple[Callable[..., Any], ...]:
-    """The loops as functions whose closure holds ``digest`` and ``lock``. numba's cache looks at the file, the code and the closure of the
-    function that it compiles: not at what this one calls, so that a change elsewhere would go unnoticed, nor at what becomes of the lock.
-    """
+    """The loops as functions whose closure holds ``digest`` and ``lock``: see `kvoffload.l2.compiled`."""
 
     def ask(fd: int, requests: int, requests_bytes: int, answers: int, answers_bytes: int, control: int) -> Any:
         digest, lock  # noqa: B018
@@ -309,14 +288,3 @@ def _entries(digest: int, lock: int) -> tuple[Callable[..., Any], ...]:
         return _write(fd, words(plan, count, PLAN_COLUMNS), octets(outcomes, count), words(control, 1, CONTROL_WORDS)[0])
 
     return ask, read, write
-
-
-def _compile(function: Callable[..., Any], signature: Any, *, keeps_lock: bool = False, cached: bool = True) -> Callable[..., int]:
-    try:
-        compiled: Callable[..., int] = numba.njit(signature, nogil=not keeps_lock, cache=cached)(function)
-    except Exception as error:
-        if not cached:
-            raise UnsupportedError(f"numba cannot compile the transfers of InfiniStore: {error}") from error
-        get_logger("l2").info("compiling without numba's cache", reason=str(error))
-        return _compile(function, signature, keeps_lock=keeps_lock, cached=False)
-    return compiled

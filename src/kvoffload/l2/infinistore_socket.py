@@ -15,13 +15,11 @@ import socket
 from array import array
 from typing import Any
 
-import numpy as np
-from llvmlite import ir
-from numba import carray, types
-from numba.extending import intrinsic, register_jitable
+from numba import types
+from numba.extending import register_jitable
 
-import kvoffload.copy.native  # noqa: F401 - makes llvmlite bearable to vLLM
 from kvoffload.l2.infinistore_wire import Code
+from kvoffload.l2.system_calls import last_error, recv, word32
 
 OK, MISSING, OTHER_SIZE, REFUSED, EXPIRED, STALE, CLOSED, NONSENSE, AWAITS_BYTES, AWAITS_ROOM, TOO_LONG = range(11)
 """What a loop answers. All values were dealt with; (of one value: not there, of another size, no room;) out of time; closed before
@@ -48,41 +46,9 @@ _TCP, _QUICKACK = int(socket.IPPROTO_TCP), socket.TCP_QUICKACK
 _EAGAIN, _EINTR = errno.EAGAIN, errno.EINTR
 _CLOCK_MONOTONIC = 1
 
-recv = types.ExternalFunction("recv", types.int64(types.int32, types.int64, types.int64, types.int32))
 _send = types.ExternalFunction("send", types.int64(types.int32, types.int64, types.int64, types.int32))
 _setsockopt = types.ExternalFunction("setsockopt", types.int32(types.int32, types.int32, types.int32, types.int64, types.uint32))
 _clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.int64))
-_errno_location = types.ExternalFunction("__errno_location", types.int64())
-
-
-@intrinsic
-def word32(typing_context: Any, address: Any) -> Any:
-    """The ``i32`` at an address."""
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.load(builder.inttoptr(arguments[0], ir.IntType(32).as_pointer()))
-
-    return types.int32(types.int64), emit
-
-
-@intrinsic
-def _pointer(typing_context: Any, address: Any) -> Any:
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.inttoptr(arguments[0], ir.IntType(8).as_pointer())
-
-    return types.voidptr(types.int64), emit
-
-
-@register_jitable
-def words(address: int, rows: int, columns: int) -> Any:
-    """The int64 there, as an array."""
-    return carray(_pointer(address), (rows, columns), np.int64)
-
-
-@register_jitable
-def octets(address: int, count: int) -> Any:
-    """The bytes there, as an array."""
-    return carray(_pointer(address), (count,), np.uint8)
 
 
 @register_jitable
@@ -120,7 +86,7 @@ def next_phase(control: Any) -> None:
 @register_jitable
 def failed(control: Any) -> Any:
     """Whether the call that just answered -1 has failed for good."""
-    number = word32(_errno_location())
+    number = last_error()
     if number in (_EAGAIN, _EINTR):
         return False
     control[ERRNO] = number

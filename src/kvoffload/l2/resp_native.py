@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import errno
 import socket
-import zlib
+import sys
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-import numba
 from numba import types
 from numba.extending import register_jitable
 
-from kvoffload.errors import UnsupportedError
 from kvoffload.l2 import system_calls
+from kvoffload.l2.compiled import compiled, digest_of
 from kvoffload.l2.system_calls import last_error, octets, recv, words
-from kvoffload.observe.logs import get_logger
 
 READ, ODD, CLOSED, NONSENSE = range(4)
 """All values came; the next answer is none of the usual ones, and what came of it lies in the scratch; the connection is lost; a value
@@ -125,28 +122,10 @@ def read_values() -> Callable[..., int]:
 
     Compiles now (a second; milliseconds when an earlier process left it in numba's cache). Raises UnsupportedError.
     """
-    if numba.config.DISABLE_JIT:
-        raise UnsupportedError("NUMBA_DISABLE_JIT is set: values would be read by interpreted code")
-    digest = 0
-    for module in (__file__, system_calls.__file__):
-        try:
-            digest = zlib.crc32(Path(module).read_bytes(), digest)
-        except OSError as error:
-            raise UnsupportedError(f"reading values is compiled from its source, which cannot be read: {error}") from error
+    digest = digest_of(sys.modules[__name__], system_calls)
 
     def read(fd: int, count: int, plan: int, scratch: int, scratch_bytes: int, control: int) -> Any:
-        digest  # noqa: B018 - of all that is compiled: numba's cache looks at this function and its closure alone
+        digest  # noqa: B018
         return _read(fd, words(plan, count, 2), octets(scratch, scratch_bytes), scratch, words(control, 1, CONTROL_WORDS)[0])
 
-    return _compile(read)
-
-
-def _compile(function: Callable[..., Any], *, cached: bool = True) -> Callable[..., int]:
-    try:
-        compiled: Callable[..., int] = numba.njit(types.int64(*[types.int64] * 6), nogil=True, cache=cached)(function)
-    except Exception as error:
-        if not cached:
-            raise UnsupportedError(f"numba cannot compile the reading of values: {error}") from error
-        get_logger("l2").info("compiling without numba's cache", reason=str(error))
-        return _compile(function, cached=False)
-    return compiled
+    return compiled(read, types.int64(*[types.int64] * 6))
