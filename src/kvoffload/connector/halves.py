@@ -84,7 +84,7 @@ class SchedulerHalf:
         )
         self.ledger = Ledger(kv_cache_config.num_blocks)
         self.host = HubHost(config, self.ledger, settings.namespace if self._has_l2 else None)
-        self.identity = RequestIdentity()
+        self.identity = RequestIdentity(is_shared=self._has_l2)
         self.side = SchedulerSide(self.host.hub, self.ledger, settings, self.identity.extras)
         self._statistics = SchedulerStatistics(self.side, self.host.hub)
 
