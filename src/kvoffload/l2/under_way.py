@@ -83,7 +83,7 @@ class Unsettled:
                 self._report(TransfersSettled(batch, self._name, slots))
 
     async def settle_finally(self, timeout_s: float) -> None:
-        """For an actor that ends: shielded, bounded, and it raises nothing. What does not settle stays with L1, which must not use it."""
+        """For an actor that ends: shielded, bounded, and it raises nothing. What does not settle is for `Remains`."""
         if not self._slots:
             return
         with anyio.CancelScope(shield=True), anyio.move_on_after(timeout_s):
@@ -92,4 +92,4 @@ class Unsettled:
             except Exception as error:
                 log.exception("a node failed to settle", node=self._name, error=repr(error))
         if self._slots:
-            log.error("slots stay out of use: their node may still touch them", node=self._name, slots=len(self))
+            log.warning("slots are out of use until their node lets go of them", node=self._name, slots=len(self))
