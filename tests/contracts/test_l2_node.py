@@ -365,6 +365,26 @@ async def test_a_restart_while_nothing_is_asked_goes_unnoticed(mortal: Rig) -> N
 # ---------------------------------------------------------------- ping, close
 
 
+@pytest.mark.parametrize("is_idle", [True, False])
+async def test_it_tells_that_a_connection_took_the_place_of_one_that_was_lost(mortal: Rig, is_idle: bool) -> None:
+    """So that whoever counts on what the node has looks again. (An idle one finds out when it is next used.)"""
+    async with opened(mortal) as (node,):
+        await stored(node, names(3), 5000)
+        for _ in range(3):
+            assert await node.find(names(3), soon()) == [True] * 3
+        assert node.renewals == 0
+        mortal.kill()
+        if not is_idle:
+            assert await node.find(names(3), soon(0.5)) is None  # and tries again a moment later
+        mortal.restart()
+        assert await serves(node, "again")
+        if not isinstance(node, InfiniStoreRdmaNode):
+            assert node.renewals >= 1
+        before = node.renewals
+        assert await serves(node, "once more")
+        assert node.renewals <= before + 2, "of other connections at most"
+
+
 async def test_ping(rig: Rig) -> None:
     async with opened(rig) as (node,):
         assert 0 <= await node.ping(soon()) < 10

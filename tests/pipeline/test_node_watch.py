@@ -11,7 +11,7 @@ import pytest
 from kvoffload.l2.breaker import BreakerState
 from kvoffload.l2.node import Outcome
 from kvoffload.l2.node_breakers import ReadsBreaker, TellingBreaker
-from kvoffload.runtime.node_watch import LOOK_S, PING_S, READS, TOLD_S, WRITES, NodeLog, NodeWatch
+from kvoffload.runtime.node_watch import LOOK_S, PING_S, READS, RENEWED_S, TOLD_S, WRITES, NodeLog, NodeWatch
 from kvoffload.testing.fake_node import FakeNode, NodeFault
 
 CLOSED = BreakerState.CLOSED
@@ -63,6 +63,39 @@ async def test_a_first_timeout_brings_a_ping_at_once(caplog: pytest.LogCaptureFi
         assert rig.node.count("ping") == 10
         assert not rig.back
         assert not caplog.records
+
+
+@pytest.mark.anyio
+async def test_connections_that_were_lost_unnoticed_are_told_of_once_a_minute() -> None:
+    async with watched() as rig:
+        await anyio.sleep(100)
+        assert not rig.back
+        rig.node.store.restart()
+        await anyio.sleep(2 * LOOK_S)
+        assert len(rig.back) == 1
+        rig.node.store.restart()
+        rig.node.store.restart()
+        await anyio.sleep(RENEWED_S / 2)
+        assert len(rig.back) == 1
+        await anyio.sleep(RENEWED_S)
+        assert len(rig.back) == 2
+        await anyio.sleep(10 * RENEWED_S)
+        assert len(rig.back) == 2
+
+
+@pytest.mark.anyio
+async def test_one_that_is_left_alone_is_told_of_when_it_is_used_again_and_not_before() -> None:
+    async with watched() as rig:
+        rig.node.store.kill()
+        for _ in range(6):
+            await rig.read(Outcome.FAILED)
+        assert rig.reading.state is not CLOSED
+        await anyio.sleep(5)
+        assert not rig.back
+        rig.node.store.restart()
+        await rig.until_used_again()
+        await anyio.sleep(10)
+        assert len(rig.back) == 1
 
 
 @pytest.mark.anyio

@@ -40,6 +40,19 @@ async def test_what_was_saved_before_a_restart_is_found_by_others_after_it(site:
         assert not writer.remote.catching_up
 
 
+async def test_a_restart_so_quick_that_nothing_failed_is_noticed_as_well(site: Site) -> None:
+    async with engine(site) as writer:
+        assert await writer.write(KEPT) == COUNT
+        site.kill()
+        site.restart()
+        assert await writer.write(OTHER) == COUNT, "over connections that went stale"
+        assert not writer.is_left_alone
+        async with engine(site) as other:
+            await other.load_all(KEPT)
+            await other.check()
+        await writer.check()
+
+
 async def test_what_was_saved_while_the_node_was_dead_is_found_by_others_when_it_is_back(site: Site) -> None:
     async with engine(site) as writer:
         site.kill()

@@ -78,6 +78,9 @@ class Lane:
         self._transfers: SimpleQueue[Transfer | None] = SimpleQueue()
         self._socket: socket.socket | None = None
         self._give_up_at = float("inf")
+        self._has_lost = False
+        self.renewals = 0
+        """How often a connection took the place of one that was lost."""
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -122,7 +125,7 @@ class Lane:
             released = None
             status = self._finish(transfer)
         if status not in (wired.OK, wired.EXPIRED):
-            self._drop()
+            self._drop(is_lost=status != wired.REFUSED)
         is_open = self._socket is not None
         self._report(Report(self, released=released, is_idle=True, is_open=is_open, has_failed=was_new and not is_open))
 
@@ -138,6 +141,8 @@ class Lane:
                     if is_claimed or transfer.claim():
                         transfer.conclude(wired.CLOSED)
                     return wired.CLOSED
+                self.renewals += self._has_lost
+                self._has_lost = False
             is_claimed = is_claimed or transfer.claim()
             if not is_claimed:
                 return wired.OK
@@ -167,9 +172,10 @@ class Lane:
                 return wired.CLOSED
         return wired.CLOSED if status == wired.EXPIRED else status
 
-    def _drop(self) -> None:
+    def _drop(self, *, is_lost: bool = True) -> None:
         connection, self._socket = self._socket, None
         if connection is not None:
+            self._has_lost = is_lost
             with suppress(OSError):
                 connection.close()
 

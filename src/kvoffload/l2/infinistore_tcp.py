@@ -98,6 +98,10 @@ class InfiniStoreTcpNode:
 
     # ------------------------------------------------------------ L2Node
 
+    @property
+    def renewals(self) -> int:
+        return sum([lane.renewals for lane in list(self._lanes)])
+
     async def find(self, names: Sequence[str], deadline: float) -> list[bool] | None:
         if not names:
             return []

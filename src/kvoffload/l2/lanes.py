@@ -126,8 +126,10 @@ class Connector:
         self._not_before = 0.0
         self.trouble = ""
         """The last failure of a connection, in words."""
+        self.renewals = 0
+        """How often a connection took the place of one that was lost."""
 
-    def connect(self, is_probe: bool) -> RespSocket:
+    def connect(self, is_probe: bool, is_renewal: bool = False) -> RespSocket:
         if not is_probe and self._clock() < self._not_before:
             raise ConnectError(self.trouble)
         try:
@@ -142,6 +144,7 @@ class Connector:
             raise
         with self._lock:
             self._failures, self._not_before = 0, 0.0
+            self.renewals += is_renewal
         return connection
 
 
@@ -153,6 +156,8 @@ class Lane:
         self._connector = connector
         self._is_reserved = is_reserved
         self._connection: RespSocket | None = None
+        self._has_lost = False
+        """The last connection, otherwise than by a caller who was out of time."""
 
     def run(self) -> None:
         try:
@@ -189,7 +194,10 @@ class Lane:
         """Do all of it over one connection; over a new one once more if the old had gone stale, or had to be given up on the way."""
         while not piece.call.is_stopped:
             was_open = self._connection is not None
-            connection = self._connection = self._connection or self._connector.connect(piece.is_probe)
+            if self._connection is None:
+                self._connection = self._connector.connect(piece.is_probe, self._has_lost)
+                self._has_lost = False
+            connection = self._connection
             if not piece.call.enter(self):
                 return
             before = piece.answered
@@ -205,6 +213,7 @@ class Lane:
             if not trouble:
                 return
             self._drop()
+            self._has_lost = not piece.call.is_stopped
             self._connector.trouble = trouble
             if not was_open and piece.answered == before:
                 return

@@ -52,6 +52,10 @@ class L2Node(Protocol):
     def name(self) -> str:
         """As in the ring."""
 
+    @property
+    def renewals(self) -> int:
+        """How often a connection took the place of one that was lost: each time the node may have been restarted, and be empty."""
+
     async def find(self, names: Sequence[str], deadline: float) -> list[bool] | None:
         """Which of these the node has; None when it could not be asked in time. At most a few round trips, however many names."""
 

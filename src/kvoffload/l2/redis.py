@@ -77,6 +77,7 @@ class RedisNode:
         self._connection_class, self._options = pool.connection_class, dict(pool.connection_kwargs)
         self._seed: Address = (str(self._options.get("host", "localhost")), int(self._options.get("port", 6379)))
         self._pools: dict[Address, Pool] = {}
+        self._renewals_before = 0  # of pools that are closed
         self._slots: Slots = []
         self._slots_age: float | None = None
         self._asking = asyncio.Lock()
@@ -94,6 +95,10 @@ class RedisNode:
         return "cluster" if self._is_cluster else "standalone"
 
     # ------------------------------------------------------------ L2Node
+
+    @property
+    def renewals(self) -> int:
+        return self._renewals_before + sum([pool.connector.renewals for pool in list(self._pools.values())])
 
     async def find(self, names: Sequence[str], deadline: float) -> list[bool] | None:
         """Of a cluster, what servers that do not answer would have is not found."""
@@ -291,7 +296,9 @@ class RedisNode:
     async def _leave_others(self, servers: set[Address]) -> None:
         """Close what goes to servers that are none any more."""
         for server in set(self._pools) - servers:
-            await self._pools.pop(server).close(0)
+            pool = self._pools.pop(server)
+            self._renewals_before += pool.connector.renewals
+            await pool.close(0)
 
     def _look_for_moves(self, pieces: Sequence[Find | Transfer | Discard]) -> None:
         """Does what became of these say that the table of slots is not right?"""

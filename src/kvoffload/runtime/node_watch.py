@@ -9,6 +9,7 @@ from functools import partial
 import anyio
 
 from kvoffload.envelope import Fault
+from kvoffload.l2.breaker import BreakerState
 from kvoffload.l2.node import L2Node, NodeUnreachable, Outcome
 from kvoffload.l2.node_breakers import ReadsBreaker, TellingBreaker
 from kvoffload.messages import Node
@@ -19,6 +20,8 @@ log = get_logger("l2")
 LOOK_S = 0.25
 """How often it is looked whether a node that is left alone may be probed; where there is but a doubt it is probed at once."""
 PING_S = 2.0
+RENEWED_S = 60.0
+"""Connections that are renewed more often than this, as by a firewall that forgets them, say less of their node than of the network."""
 TOLD_S = 60.0
 """Of one node the log hears once in so long."""
 
@@ -82,6 +85,8 @@ class NodeWatch:
         self._faults: Mapping[Fault, int] = faults if faults is not None else {}
         self._log = NodeLog(node.name, clock)
         self._doubted = anyio.Event()
+        self._renewals = node.renewals
+        self._renewed_at = -RENEWED_S
         self._trouble: str | None = None
         """Of the last probe."""
         reading.on_doubt = lambda: self._doubted.set()
@@ -98,10 +103,18 @@ class NodeWatch:
             begun = self._clock()
             if self._faults:
                 self._log.wrong_values(self._faults)
+            self._look_for_renewals(begun)
             if self._reading.allow_probe(begun):
                 outcome = await self._probe(begun)
                 now = self._clock()
                 self._reading.record(outcome, now - begun, now)
+
+    def _look_for_renewals(self, now: float) -> None:
+        """A node that was restarted so quickly that nothing failed has lost what it had all the same."""
+        renewals = self._node.renewals
+        is_well = self._reading.state is BreakerState.CLOSED  # else it will be said when it is
+        if renewals != self._renewals and is_well and now - self._renewed_at >= RENEWED_S:
+            self._tell_back(now)
 
     async def _probe(self, begun: float) -> Outcome:
         try:
@@ -121,4 +134,8 @@ class NodeWatch:
 
     def _closed(self, what: str) -> None:
         self._log.used_again(what)
+        self._tell_back(self._clock())
+
+    def _tell_back(self, now: float) -> None:
+        self._renewals, self._renewed_at = self._node.renewals, now
         self._back()

@@ -65,6 +65,7 @@ class FakeStore:
     is_frozen: bool = False
     epoch: int = 0
     """How often it was killed: no call outlives that."""
+    restarts: int = 0
     changed: anyio.Event = field(default_factory=anyio.Event)
 
     @property
@@ -82,6 +83,7 @@ class FakeStore:
         """It is there again, empty."""
         self.kill()
         self.is_up = True
+        self.restarts += 1
         self.tell()
 
     def freeze(self) -> None:
@@ -205,6 +207,10 @@ class FakeNode:
     @property
     def name(self) -> str:
         return self._name
+
+    @property
+    def renewals(self) -> int:
+        return self.store.restarts
 
     async def find(self, names: Sequence[str], deadline: float) -> list[bool] | None:
         fault = self._enter("find", names, deadline)
