@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from typing import Any, cast
 
@@ -39,9 +40,10 @@ class Hub(FakeHub):
 class Rig:
     def __init__(self) -> None:
         self.hub = Hub()
+        self.unidentified: Counter[str] = Counter()
         settings = SchedulerSettings(BLOCK_SIZE, NAMESPACE, MatchSettings())
         self.side = SchedulerSide(self.hub, FakeLedger(), settings, lambda request: b"", Clock())
-        self.statistics = SchedulerStatistics(self.side, cast(Any, self.hub))
+        self.statistics = SchedulerStatistics(self.side, cast(Any, self.hub), self.unidentified)
 
     def take(self, health: NodesHealth | None) -> dict[str, Any]:
         self.hub.health = health
@@ -101,3 +103,11 @@ def test_the_table_is_told_of_while_it_cannot_be_read() -> None:
     assert rig.line(replace(WELL, membership=bad)) == {"l2_membership_failures": 2, "l2_membership_age_s": 95}
     assert rig.line(replace(WELL, membership=replace(bad, age_s=None, failures=3))) == {"l2_membership_failures": 1}
     assert rig.line(WELL) == {}
+
+
+def test_requests_without_keys_are_counted() -> None:
+    rig = Rig()
+    assert "unidentified_requests" not in rig.take(None)
+    rig.unidentified.update({"one reason": 2, "another": 1})
+    assert rig.take(None)["unidentified_requests"] == 3
+    assert "unidentified_requests" not in rig.take(None)

@@ -86,7 +86,7 @@ class SchedulerHalf:
         self.host = HubHost(config, self.ledger, settings.namespace if self._has_l2 else None)
         self.identity = RequestIdentity(is_shared=self._has_l2)
         self.side = SchedulerSide(self.host.hub, self.ledger, settings, self.identity.extras)
-        self._statistics = SchedulerStatistics(self.side, self.host.hub)
+        self._statistics = SchedulerStatistics(self.side, self.host.hub, self.identity.unidentified)
 
     def join(self, workers: Sequence[WorkerHandshake]) -> None:
         """The workers' halves are there, or say why not. Does not wait: until all are joined the hub is not live."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from kvoffload.connector.scheduler_side import SchedulerCounters, SchedulerSide
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
 class SchedulerStatistics:
     """Differences since the last time, of the facade's counters and of L1's."""
 
-    def __init__(self, side: SchedulerSide, hub: HubRuntime) -> None:
+    def __init__(self, side: SchedulerSide, hub: HubRuntime, unidentified: Mapping[str, int]) -> None:
+        """``unidentified``: requests without keys (from some block on) so far, by reason; a live object."""
+        self._unidentified = unidentified
         self._side = side
         self._hub = hub
         self._last: dict[str, int] = {}
@@ -35,7 +38,7 @@ class SchedulerStatistics:
             "failed_loads": counters.failed_loads,
             "unloaded_tokens": counters.unloaded_tokens,
         }
-        totals = {"offered_blocks": side.saver.offered_blocks}
+        totals = {"offered_blocks": side.saver.offered_blocks, "unidentified_requests": sum(self._unidentified.values())}
         totals |= {f"dropped_{reason.value}": count for reason, count in side.saver.drops.items()}
         totals |= {f"unanswered_{reason}": count for reason, count in side.matcher.zero_reasons.items()}
         gauges: dict[str, int] = {}
