@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
-import numba
 import numpy as np
 from llvmlite import ir
 from llvmlite.binding import ffi
@@ -19,9 +18,8 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 
+from kvoffload.compiled import compile_native
 from kvoffload.copy.ids import BLOCK_RANGE, DUPLICATE, OK, SLOT_RANGE
-from kvoffload.errors import UnsupportedError
-from kvoffload.observe.logs import get_logger
 
 
 def _make_vars_work(library: Any) -> None:
@@ -183,18 +181,3 @@ def compile_check() -> Callable[..., int]:
     It takes microseconds and keeps the interpreter lock: to have it back would take longer.
     """
     return compile_native(_check, _CHECK, nogil=False)
-
-
-def compile_native(function: Callable[..., Any], signature: Any, *, nogil: bool = True, cached: bool = True) -> Callable[..., int]:
-    """Compile a function, which then runs with the interpreter lock released. Raises UnsupportedError."""
-    if numba.config.DISABLE_JIT:
-        raise UnsupportedError("NUMBA_DISABLE_JIT is set: blocks would be copied by interpreted code")
-    try:
-        compiled: Callable[..., int] = numba.njit(signature, nogil=nogil, cache=cached)(function)
-    except Exception as error:
-        if not cached:
-            raise UnsupportedError(f"numba cannot compile the copy loops: {error}") from error
-        # No writable cache directory, a full disk, or a broken cache file: numba has an error of its own for each.
-        get_logger("copy").info("compiling without numba's cache", reason=str(error))
-        return compile_native(function, signature, nogil=nogil, cached=False)
-    return compiled

@@ -27,8 +27,10 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic, register_jitable
 
+from kvoffload.compiled import compile_native
+
 # (numba's cache of what is compiled here does not see a change there: touch this file then)
-from kvoffload.copy.native import compile_native, read_after, store_zero
+from kvoffload.copy.native import read_after, store_zero
 
 WAIT, RECORD, SYNCHRONIZE, SINGLE, BATCH, LAUNCH, SETTLE, EXCHANGE = range(8)
 """Places in the table of addresses; what failed is told by them."""

@@ -18,8 +18,8 @@ from typing import Any
 from numba import types
 from numba.extending import register_jitable
 
+from kvoffload.compiled import compile_native, digest_of
 from kvoffload.l2 import infinistore_socket, infinistore_wire, system_calls
-from kvoffload.l2.compiled import compiled, digest_of
 from kvoffload.l2.infinistore_socket import (
     CLOSED,
     CONTROL_WORDS,
@@ -263,16 +263,16 @@ def loops() -> Loops:
     ask, read, write = _entries(digest, 0)
     ask_at_once, read_at_once, _ = _entries(digest, 1)
     return Loops(
-        ask=compiled(ask, _ASK),
-        read=compiled(read, _READ),
-        write=compiled(write, _WRITE),
-        ask_at_once=compiled(ask_at_once, _ASK, keeps_lock=True),
-        read_at_once=compiled(read_at_once, _READ, keeps_lock=True),
+        ask=compile_native(ask, _ASK),
+        read=compile_native(read, _READ),
+        write=compile_native(write, _WRITE),
+        ask_at_once=compile_native(ask_at_once, _ASK, nogil=False),
+        read_at_once=compile_native(read_at_once, _READ, nogil=False),
     )
 
 
 def _entries(digest: int, lock: int) -> tuple[Callable[..., Any], ...]:
-    """The loops as functions whose closure holds ``digest`` and ``lock``: see `kvoffload.l2.compiled`."""
+    """The loops as functions whose closure holds ``digest`` and ``lock``: see `kvoffload.compiled`."""
 
     def ask(fd: int, requests: int, requests_bytes: int, answers: int, answers_bytes: int, control: int) -> Any:
         digest, lock  # noqa: B018

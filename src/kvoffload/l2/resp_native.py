@@ -17,8 +17,8 @@ from typing import Any
 from numba import types
 from numba.extending import register_jitable
 
+from kvoffload.compiled import compile_native, digest_of
 from kvoffload.l2 import system_calls
-from kvoffload.l2.compiled import compiled, digest_of
 from kvoffload.l2.system_calls import last_error, octets, recv, words
 
 READ, ODD, CLOSED, NONSENSE = range(4)
@@ -128,4 +128,4 @@ def read_values() -> Callable[..., int]:
         digest  # noqa: B018
         return _read(fd, words(plan, count, 2), octets(scratch, scratch_bytes), scratch, words(control, 1, CONTROL_WORDS)[0])
 
-    return compiled(read, types.int64(*[types.int64] * 6))
+    return compile_native(read, types.int64(*[types.int64] * 6))
