@@ -7,6 +7,7 @@ import shutil
 import socket
 import ssl
 import threading
+import traceback
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
@@ -445,3 +446,13 @@ async def test_an_unknown_option_in_a_url_is_said_at_once_and_without_the_passwo
     with pytest.raises(UnsupportedError, match="an option that redis-py does not know") as said:
         RedisNode("n", "redis://:hunter2@127.0.0.1:1?foo=bar", value_bytes=64)
     assert "hunter2" not in str(said.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["redis://:se\u2100cret@h:1", "redis://:se/cret@h:1", "redis://:se#cret@h:1", "redis://:secret@h:1?db=secret"]
+)
+async def test_a_url_that_makes_no_sense_is_not_quoted(url: str) -> None:
+    """A password that is not percent-encoded ends up anywhere in it, and in what urllib says of it."""
+    with pytest.raises(UnsupportedError) as told:
+        RedisNode("n", url, value_bytes=1)
+    assert not any(piece in "".join(traceback.format_exception(told.value)) for piece in ("cret", "'se'"))

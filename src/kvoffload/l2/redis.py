@@ -71,9 +71,12 @@ class RedisNode:
                 socket_connect_timeout=connect_timeout_s,
             )
             pool.connection_class(**pool.connection_kwargs)  # an option that it does not know is said here, and not at the first use
-        except (TypeError, ValueError) as error:
-            reason = str(error) if isinstance(error, ValueError) else "it has an option that redis-py does not know"
-            raise UnsupportedError(f"node {name}: no URL of a Redis server: {reason}") from error
+        except (TypeError, ValueError):
+            # What they say may quote a part of the password.
+            raise UnsupportedError(
+                f"node {name}: no URL of a Redis server, or it has an option that redis-py does not know or take; "
+                "characters such as / # @ : in a password must be percent-encoded"
+            ) from None
         self._connection_class, self._options = pool.connection_class, dict(pool.connection_kwargs)
         self._seed: Address = (str(self._options.get("host", "localhost")), int(self._options.get("port", 6379)))
         self._pools: dict[Address, Pool] = {}
